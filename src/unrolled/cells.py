@@ -318,18 +318,19 @@ class RNN(GatedCell):
 
         Raises:
             ShapeError: weight is not `[H, H+I]` or bias not `[H]`.
+            ConfigError: a bias for a cell that was made without one.
         """
         hidden = self.hidden_size
         expect_shape("weight", weight, "H H+I", **{"H": hidden, "H+I": hidden + self.input_size})
+        if bias is not None:
+            expect_shape("bias", bias, "H", H=hidden)
+            if self.bias_ih is None:
+                raise ConfigError("a bias was given, and this cell was made with bias=False")
         self.weight_hh.copy_(weight[:, :hidden])
         self.weight_ih.copy_(weight[:, hidden:])
         if self.bias_ih is not None and self.bias_hh is not None:
             self.bias_hh.zero_()
-            if bias is None:
-                self.bias_ih.zero_()
-            else:
-                expect_shape("bias", bias, "H", H=hidden)
-                self.bias_ih.copy_(bias)
+            self.bias_ih.copy_(torch.zeros_like(self.bias_ih) if bias is None else bias)
 
 
 class ReluRNN(RNN):

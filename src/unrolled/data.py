@@ -357,7 +357,8 @@ def encode_texts(
 
     with ExitStack() as stack:
         with _writing(directory):
-            file = stack.enter_context(tempfile.TemporaryFile(dir=directory))
+            # Without a buffer, since closing would try once more to write what found the disk full.
+            file = stack.enter_context(tempfile.TemporaryFile(buffering=0, dir=directory))
         for path in files:
             marks.begin_file()
             for chunk in read_text(path, errors=errors, progress=tell):
@@ -378,14 +379,15 @@ def encode_texts(
                     odd.extend((units + unusual).tolist())
                     odd_sizes.extend(sizes[unusual].tolist())
                 with _writing(directory):
-                    file.write(ids.data)
+                    rest = ids.view(np.uint8).data
+                    while rest:
+                        rest = rest[file.write(rest) :]
                 units += len(ids)
             read_before += read_here
             read_here = 0
         if not units:
             raise DataError(f"there is no text in {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''}")
         with _writing(directory):
-            file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return EncodedText(
         np.frombuffer(mapped, vocabulary.dtype),
@@ -419,10 +421,11 @@ class _Marks:
 
     def __init__(self, documents: str) -> None:
         self._pattern = self._PATTERNS[documents]
-        self._before = ""
+        self.begin_file()
 
     def begin_file(self) -> None:
         self._before = ""
+        self._only_blank = True
 
     def find(self, chunk: str) -> list[int]:
         """Offsets in the next chunk of the file."""
@@ -432,11 +435,13 @@ class _Marks:
         self._before = "x" if not line.endswith("\n") else "\n" if line.strip(" \t\n") else "\n\n"
         found = self._pattern.finditer(text) if self._pattern else ()
         offsets = [match.end() - len(before) for match in found]
-        if before:
-            return offsets
-        # The first document of a file begins with its first character, blank lines or not.
-        leading = len(chunk) - len(chunk.lstrip(" \t\n"))
-        return [0, *(offset for offset in offsets if chunk.rfind("\n", 0, leading) + 1 < offset)]
+        if self._only_blank:
+            # Blank lines at the start of a file belong to its first document, so the first text after them begins none.
+            blank = len(chunk) - len(chunk.lstrip(" \t\n"))
+            first = chunk.rfind("\n", 0, blank) + 1
+            offsets = [offset for offset in offsets if offset > first]
+            self._only_blank = blank == len(chunk)
+        return offsets if before else [0, *offsets]
 
 
 def split_text(text: EncodedText, fraction: float) -> tuple[EncodedText, EncodedText]:
@@ -530,8 +535,6 @@ class Lanes:
             raise ConfigError(f"batch size: expected a multiple of the {ranks} ranks, got {batch_size}")
         if not 0 <= rank < ranks:
             raise ConfigError(f"rank: expected 0 to {ranks - 1}, got {rank}")
-        if window is not None and stride is not None and stride > window:
-            raise ConfigError(f"stride: expected at most the window, {window}, got {stride}: steps would be left out")
         needed = max(batch_size * (window or 1) + 1, 2 * batch_size)
         if len(text) < needed:
             of = f" of {window}" if window else ""
@@ -544,6 +547,8 @@ class Lanes:
         self.lanes = range(rank * each, (rank + 1) * each)
         self.steps = (len(text) - 1) // batch_size
         self.longest = window or self.steps
+        if stride is not None and stride > self.longest:
+            raise ConfigError(f"stride: expected at most the window, {self.longest}, got {stride}: it would skip steps")
         self.stride = stride or self.longest
         self._starts = text.starts
         used = batch_size * self.steps

@@ -1,0 +1,195 @@
+"""Writing: symbols chosen one after the other from a model's scores, each fed back as the next input.
+
+Works over `begin` and `step` only, never over a class name.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unrolled.errors import ConfigError, DataError
+from unrolled.model import Model
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["Sampling", "generate", "next_distribution"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next symbol is chosen from its scores; applied in the order of the fields.
+
+    Attributes:
+        repetition_penalty: > 0; scores of the last `repetition_window` symbols are divided by it if positive
+            and multiplied by it if negative (Keskar et al. 2019); 1 changes nothing.
+        repetition_window: how many of the last symbols are penalised.
+        temperature: >= 0; scores are divided by it; 0 takes the highest score (greedy).
+        top_k: choose among the k most probable symbols only.
+        top_p: choose among the fewest most probable symbols that together reach this probability
+            (Holtzman et al. 2020).
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    repetition_penalty: float = 1.0
+    repetition_window: int = 64
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_window": (self.repetition_window >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "at least 0 (0 is greedy)"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+def next_distribution(
+    scores: Float[Tensor, "V"], sampling: Sampling, written: deque[int] | None = None
+) -> Float[Tensor, "V"]:
+    """The probabilities from which the next symbol is drawn, float64; those that `sampling` rules out are zero.
+
+    Args:
+        scores: the model's scores; -inf for a symbol that must not be written.
+        written: the symbols to penalise.
+    """
+    scores = scores.double().clone()
+    if sampling.repetition_penalty != 1 and written:
+        seen = torch.tensor(sorted(set(written)))
+        old = scores[seen]
+        scores[seen] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        only = torch.zeros_like(scores)
+        only[scores.argmax()] = 1
+        return only
+    p = torch.softmax(scores / sampling.temperature, dim=0)
+    if sampling.top_k is not None and sampling.top_k < p.numel():
+        dropped = p.topk(p.numel() - sampling.top_k, largest=False).indices
+        p[dropped] = 0
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, order = p.sort(descending=True, stable=True)
+        # A symbol goes if those before it reach top_p already, so at least one always stays.
+        before = ordered.cumsum(0) - ordered
+        p[order[before >= sampling.top_p * p.sum()]] = 0
+    return p / p.sum()
+
+
+def generate(
+    model: Model,
+    prompt: str = "",
+    *,
+    length: int = 400,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    repetition_window: int = 64,
+    seed: int | None = None,
+    stop: str | None = None,
+) -> Iterator[str]:
+    """Text that the model writes after the prompt, piece by piece as it is made; `"".join` gives the whole.
+
+    Args:
+        prompt: what comes before; it is not repeated in the output. An empty prompt stands for a line break, if
+            the model knows one: something has to be read before anything can be predicted.
+        length: how many characters to write at most, whatever the model's unit.
+        temperature, top_k, top_p, repetition_penalty, repetition_window: see `Sampling`.
+        seed: the same seed gives the same text on the same machine; None: another one at each call.
+        stop: writing ends before the first occurrence of this string, which is not written.
+
+    Raises:
+        ConfigError: a setting out of range.
+        DataError: the prompt has symbols that the vocabulary lacks (all of them are named).
+    """
+    sampling = Sampling(repetition_penalty, repetition_window, temperature, top_k, top_p)
+    if length < 0:
+        raise ConfigError(f"length: expected at least 0 characters, got {length}")
+    if stop == "":
+        raise ConfigError("stop: expected at least one character, got an empty string")
+    ids = _prompt_ids(model, prompt)
+    return _limit(_write(model, ids, sampling, seed), length, stop)
+
+
+def _prompt_ids(model: Model, prompt: str) -> Tensor:
+    missing = model.vocabulary.missing(prompt)
+    if missing:
+        raise DataError(
+            f"the prompt has {'symbols' if len(missing) > 1 else 'a symbol'} that the model never saw: "
+            + ", ".join(_show(unit) for unit in missing)
+        )
+    if not prompt:
+        if model.vocabulary.missing("\n"):
+            raise DataError("an empty prompt stands for a line break, which this model never saw: give a prompt")
+        prompt = "\n"
+    return torch.from_numpy(model.vocabulary.encode(prompt).astype("int64"))
+
+
+def _show(unit: str) -> str:
+    return " ".join(f"{c!r} (U+{ord(c):04X})" for c in unit)
+
+
+@torch.inference_mode()  # torch enters and leaves it around every piece, so the caller's own mode stays as it was
+def _write(model: Model, ids: Tensor, sampling: Sampling, seed: int | None) -> Iterator[str]:
+    """The endless text: one decided piece per symbol, empty while nothing is decided yet."""
+    random = torch.Generator()
+    if seed is None:
+        random.seed()
+    else:
+        random.manual_seed(seed)
+    written: deque[int] = deque(ids.tolist(), maxlen=sampling.repetition_window)
+    decoder = model.vocabulary.decoder()
+    training = model.training
+    device = model.writer.weight.device
+    try:
+        model.eval()
+        state = model.begin(ids[:-1, None].to(device)) if len(ids) > 1 else model.begin()
+        last = ids[-1:].to(device)
+        while True:
+            scores, state = model.step(last, state)
+            row = scores[0].float().cpu()
+            row[model.vocabulary.unknown] = -torch.inf
+            p = next_distribution(row, sampling, written)
+            choice = int(torch.multinomial(p, 1, generator=random))
+            written.append(choice)
+            last = torch.tensor([choice], device=device)
+            yield decoder.feed(choice)
+    finally:
+        model.train(training)
+
+
+def _limit(pieces: Iterator[str], length: int, stop: str | None) -> Iterator[str]:
+    """Cut after `length` characters and before `stop`; what may be the start of `stop` is held back until known."""
+    left, held, silent = length, "", 0
+    while left > 0:
+        piece = next(pieces)
+        silent = 0 if piece else silent + 1
+        held += piece
+        if stop is not None and (at := held.find(stop)) >= 0:
+            yield held[: min(at, left)]
+            return
+        safe = len(held) - _overlap(held, stop) if stop is not None else len(held)
+        if silent > 1000:  # symbols that never make a character, from a model that learned nothing
+            return
+        if safe:
+            out, held = held[: min(safe, left)], held[safe:]
+            left -= len(out)
+            yield out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a proper start of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
