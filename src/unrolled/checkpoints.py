@@ -112,9 +112,13 @@ def begin_folder(folder: Path, config: Config, vocabulary: Vocabulary, *, overwr
                 f"{folder} already holds a model: go on with it (--resume), replace it (--force, overwrite=True) or "
                 "choose another folder"
             )
-        for name in (_CONFIG, _WEIGHTS, _VOCABULARY, "metrics.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        try:
+            for name in (_CONFIG, _WEIGHTS, _VOCABULARY, "metrics.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            if (folder / _CHECKPOINTS).exists():
+                shutil.rmtree(folder / _CHECKPOINTS)
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot replace the model in it: {error.strerror}") from error
     elif folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file, expected a folder to write the model to")
     storage.make_folder(folder)

@@ -97,7 +97,7 @@ def train(
 
     Ctrl-C saves; --resume goes on as if nothing had happened. The folder keeps the best weights by validation loss.
     """
-    from unrolled.config import parse_override
+    from unrolled.config import explain, parse_override
 
     plain = {
         "cell": cell, "hidden": hidden, "layers": layers, "unit": unit, "embedding": embedding, "dropout": dropout,
@@ -108,18 +108,13 @@ def train(
     }  # fmt: skip
     settings = {name: value for name, value in plain.items() if value is not None}
     for override in set_ or []:
-        for section in parse_override(override).values():
-            settings.update(section)
+        for section, values in parse_override(override).items():
+            settings.update({f"{section}.{key}": value for key, value in values.items()})
 
     from unrolled.training import prepare_config
 
     if dump_config:
-        import yaml
-
-        from unrolled.config import to_dict
-
-        resolved = prepare_config(out, config, resume=resume, **settings)
-        typer.echo(yaml.safe_dump(to_dict(resolved), sort_keys=False, allow_unicode=True), nl=False)
+        typer.echo(explain(prepare_config(out, config, resume=resume, **settings)), nl=False)
         return
 
     from unrolled.progress import open_bar

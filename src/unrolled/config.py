@@ -32,6 +32,7 @@ __all__ = [
     "Setting",
     "TrainingConfig",
     "difference",
+    "explain",
     "flag_key",
     "flat_keys",
     "load_config",
@@ -60,7 +61,7 @@ class _Section(BaseModel):
 class InputConfig(_Section):
     """What goes in."""
 
-    kind: Literal["text"] = Field("text", description="What goes in.")
+    kind: Literal["text"] = Field("text", description="What the model reads: text, which unit cuts into steps.")
     unit: Literal["char", "jamo", "word", "subword"] = Field(
         "char",
         description="What one step reads: a character, a Korean letter (jamo), a word, or a piece of a word.",
@@ -227,14 +228,15 @@ class Config(_Section):
 class Setting(NamedTuple):
     """One setting, as the docs and the command line show it.
 
-    name: the plain name (`lr`); expected: in words what it may be (`a number > 0`); default: before other
-    settings change it (`input.embedding` of words).
+    name: the plain name (`lr`); expected: in words what it may be (`a number > 0`); options: the words it may be,
+    if any; default: before other settings change it (`input.embedding` of words).
     """
 
     key: str
     section: str
     name: str
     expected: str
+    options: tuple[str, ...]
     default: Any
     description: str
 
@@ -274,7 +276,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8, got a byte that is not at position {error.start}") from None
+        raise ConfigError(f"{path}: expected UTF-8, got other bytes at position {error.start}") from None
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
     lines, given = _parse_yaml(text, str(path))
@@ -339,6 +341,21 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def explain(config: Config) -> str:
+    """All settings as YAML that `load_config` reads, each under a comment that says what it does."""
+    import yaml
+
+    lines = ["# Every setting of `unrolled train`; give this file back, changed as you like, with --config."]
+    for section, values in to_dict(config).items():
+        lines += ["", f"{section}:"]
+        for name, value in values.items():
+            setting = _SETTINGS[f"{section}.{name}"]
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+            lines += [f"  # {setting.description} Expected: {setting.expected}."]
+            lines += [f"  {name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip()}"]
+    return "\n".join(lines) + "\n"
+
+
 def difference(a: Config, b: Config) -> list[str]:
     """What differs from `a` to `b`, a line each: `training.lr: 0.002 -> 0.003`."""
     before, after = to_dict(a), to_dict(b)
@@ -371,7 +388,7 @@ def _contradictions(config: Config) -> Iterable[str]:
     if config.output.tied and config.input.embedding != core.hidden:
         yield (
             f"output.tied: the output layer can only be the embedding if both are of one size: expected "
-            f"input.embedding == core.hidden ({core.hidden}), got {_show(config.input.embedding)}"
+            f"input.embedding == core.hidden ({core.hidden}), got {config.input.embedding or 'null (one-hot)'}"
         )
     if core.chrono is not None and core.cell not in _CHRONO_CELLS:
         yield (
@@ -439,8 +456,7 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 def _refusal(setting: Setting, value: Any) -> str:
     line = f"{setting.key}: expected {setting.expected}, got {_show(value)}"
-    options = [word for word in setting.expected.replace(",", "").split() if word != "or"]
-    hint = nearest(value, options) if isinstance(value, str) else ""
+    hint = nearest(value, setting.options) if isinstance(value, str) else ""
     return f"{line}; {hint}" if hint.startswith("did you mean") else line
 
 
@@ -507,8 +523,9 @@ def _settings() -> Iterable[Setting]:
     for section, model in _MODELS.items():
         schema = model.model_json_schema()["properties"]
         for name, field in model.model_fields.items():
-            expected, description = _expected(schema[name]), field.description or ""
-            yield Setting(f"{section}.{name}", section, name, expected, field.default, description)
+            expected, options = _expected(schema[name]), tuple(_options(schema[name]))
+            about = field.description or ""
+            yield Setting(f"{section}.{name}", section, name, expected, options, field.default, about)
 
 
 def _expected(schema: Mapping[str, Any]) -> str:
@@ -533,9 +550,18 @@ def _expected(schema: Mapping[str, Any]) -> str:
     return words[kind] + _range(schema)
 
 
+def _options(schema: Mapping[str, Any]) -> Iterable[str]:
+    yield from schema.get("enum", [])
+    if "const" in schema:
+        yield schema["const"]
+    for member in schema.get("anyOf", []):
+        yield from _options(member)
+
+
 def _range(schema: Mapping[str, Any]) -> str:
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    return " and".join(f" {sign} {schema[name]:.0f}" for name, sign in bounds.items() if name in schema)
+    said = {sign: schema[name] for name, sign in bounds.items() if name in schema}
+    return " and".join(f" {sign} {f'{bound:g}' if isinstance(bound, float) else bound}" for sign, bound in said.items())
 
 
 _MODELS: dict[str, type[_Section]] = {

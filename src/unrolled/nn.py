@@ -315,6 +315,7 @@ class _DropIn(torch.nn.RNNBase):
                 raise ShapeError("lengths: a PackedSequence has its own lengths; give one or the other")
             x, lengths = pad_packed_sequence(packed)
         else:
+            assert isinstance(input, Tensor)
             x = input
         single = packed is None and x.dim() == 2
         if single:

@@ -46,12 +46,12 @@ from unrolled.checkpoints import (
 )
 from unrolled.config import Config, TrainingConfig, difference, flag_key, load_config, resolve, to_dict
 from unrolled.data import EncodedText, Lanes, encode_texts, find_texts, read_text, split_text
-from unrolled.errors import ConfigError, StorageError, TrainingError
+from unrolled.errors import ConfigError, DataError, StorageError, TrainingError
 from unrolled.evaluation import evaluate
 from unrolled.kinds.text import IGNORE
 from unrolled.model import Model
 from unrolled.progress import Silent, Watcher
-from unrolled.storage import write_yaml
+from unrolled.storage import make_folder, write_yaml
 from unrolled.vocabulary import Vocabulary, build_vocabulary
 
 __all__ = ["learning_rate", "prepare_config", "train"]
@@ -188,17 +188,23 @@ def _train(
     else:
         vocabulary = _build_vocabulary(texts, config, watcher)
     scratch = out.parent
-    scratch.mkdir(parents=True, exist_ok=True)
+    make_folder(scratch)
     text = _encode(texts, vocabulary, config, scratch, watcher)
     if valid is None:
         text, held_out = split_text(text, config.data.valid_fraction)
     else:
         held_out = _encode(valid, vocabulary, config, scratch, watcher)
 
+    if len(held_out) <= len(held_out.starts):
+        raise DataError(
+            f"the validation text has {len(held_out)} symbols, expected at least two in one document, one to read and "
+            "one to predict: give more text, a larger data.valid_fraction, or --valid"
+        )
+
     training = config.training
     torch.manual_seed(training.seed)
     model = Model(config, vocabulary)
-    if init_from is not None:
+    if init_from is not None and not steps:
         load_weights(model, weights_of(load(init_from)), init_from)
     model.to(device)
     run = _Run(model, config, out, text, held_out, device, watcher)
@@ -274,7 +280,8 @@ class _Position:
     plateau_bad: int = 0
     plateau_scale: float = 1.0
     seconds: float = 0.0
-    stopped_early: bool = False
+    nats: float = 0.0  # summed loss since the last line of the log
+    units: int = 0  # symbols it is of
 
 
 class _Run:
@@ -324,16 +331,17 @@ class _Run:
         if at.step >= self.total:
             watcher.say(f"nothing left to do: {at.step:,} updates are done; give more --epochs to go on")
             return
-        # More epochs than at the early stop: the user wants to go on.
-        at.stopped_early, at.bad = False, 0 if at.stopped_early else at.bad
+        if self._out_of_patience():
+            watcher.say(f"nothing left to do: no better for {at.bad} validations; give a larger --patience to go on")
+            return
         self.metrics.open(at.step)
         self.model.train()
         watcher.start("training", self.total, at.step)
-        recent = _Recent(self.chars_per_unit)
+        recent = _Recent(at, self.chars_per_unit)
         last = time.monotonic()
         with _stop_requests() as stop_requested:
             try:
-                while at.step < self.total and not at.stopped_early:
+                while at.step < self.total and not self._out_of_patience():
                     loss, units, norm, rate = self._update()
                     recent.add(loss, units)
                     now = time.monotonic()
@@ -385,8 +393,9 @@ class _Run:
             )
         self.optimizer.zero_grad(set_to_none=True)
         mean.backward()  # type: ignore[no-untyped-call]
-        limit = math.inf if settings.clip is None else settings.clip
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total)
         if not math.isfinite(norm):
             name = _first_not_finite(self.parameters)
             raise TrainingError(
@@ -394,6 +403,8 @@ class _Run:
                 f"weights. Lower --lr, or shorten --window; the last checkpoint is of update "
                 f"{max(checkpoint_steps(self.out), default=0)}"
             )
+        if settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, total)
         rate = learning_rate(settings, at.step, self.total) * at.plateau_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -442,9 +453,11 @@ class _Run:
             f"{result.bits_per_char:.4f} bits/char  perplexity {result.perplexity:.2f}"
             + ("" if better else f"  (best {at.best:.4f})")
         )
-        if settings.patience is not None and at.bad >= settings.patience:
-            at.stopped_early = True
+        if self._out_of_patience():
             self.watcher.say(f"stopped early: no better for {at.bad} validations")
+
+    def _out_of_patience(self) -> bool:
+        return self.settings.patience is not None and self.at.bad >= self.settings.patience
 
     def _write_weights(self) -> None:
         at = self.at
@@ -557,7 +570,7 @@ def _optimizer(parameters: Mapping[str, torch.nn.Parameter], settings: TrainingC
     ]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def learning_rate(settings: TrainingConfig, step: int, total: int) -> float:
@@ -596,29 +609,31 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 class _Recent:
-    """Mean loss and speed since the last line of the log."""
+    """Mean loss and speed since the last line of the log. The sums are in `at`, so that a checkpoint has them."""
 
-    def __init__(self, chars_per_unit: float) -> None:
-        self.chars_per_unit = chars_per_unit
-        self.nats, self.units, self.began = 0.0, 0, time.monotonic()
+    def __init__(self, at: _Position, chars_per_unit: float) -> None:
+        self.at, self.chars_per_unit = at, chars_per_unit
+        self.read, self.began = 0, time.monotonic()
 
     def add(self, mean: float, units: int) -> None:
-        self.nats += mean * units
-        self.units += units
+        self.at.nats += mean * units
+        self.at.units += units
+        self.read += units
 
     def figures(self) -> dict[str, float]:
-        chars = max(self.units * self.chars_per_unit, 1e-9)
-        nats = self.nats / chars
+        at = self.at
+        nats = at.nats / max(at.units * self.chars_per_unit, 1e-9)
         return {
-            "loss": self.nats / max(self.units, 1),
+            "loss": at.nats / max(at.units, 1),
             "nats_per_char": nats,
             "bits_per_char": nats / math.log(2),
-            "chars_per_second": round(chars / max(time.monotonic() - self.began, 1e-9)),
+            "chars_per_second": round(self.read * self.chars_per_unit / max(time.monotonic() - self.began, 1e-9)),
         }
 
     def pop(self) -> dict[str, float]:
         figures = self.figures()
-        self.nats, self.units, self.began = 0.0, 0, time.monotonic()
+        self.at.nats, self.at.units = 0.0, 0
+        self.read, self.began = 0, time.monotonic()
         return figures
 
     def note(self) -> str:
