@@ -34,6 +34,7 @@ __all__ = [
     "Checkpoint",
     "begin_folder",
     "checkpoint_steps",
+    "fingerprint",
     "holds_model",
     "load",
     "load_weights",
@@ -87,7 +88,7 @@ def load(folder: str | Path) -> Model:
     config = read_config(folder)
     vocabulary = read_vocabulary(folder)
     tensors, metadata = storage.read_tensors(folder / _WEIGHTS, "model")
-    if metadata.get("vocabulary") != _fingerprint(vocabulary):
+    if metadata.get("vocabulary") != fingerprint(vocabulary):
         raise StorageError(
             f"{folder / _WEIGHTS}: these weights belong to another vocabulary than {_VOCABULARY} beside them: "
             "the files come from different models"
@@ -113,10 +114,13 @@ def begin_folder(folder: Path, config: Config, vocabulary: Vocabulary, *, overwr
                 "choose another folder"
             )
         try:
-            for name in (_CONFIG, _WEIGHTS, _VOCABULARY, "metrics.jsonl"):
-                (folder / name).unlink(missing_ok=True)
+            # The config last: whoever is killed before leaves a folder that still counts as holding a model, so
+            # that no later one can come to lie beside this one's checkpoints and be resumed from them.
             if (folder / _CHECKPOINTS).exists():
                 shutil.rmtree(folder / _CHECKPOINTS)
+            storage.remove_leftovers(folder)
+            for name in (_WEIGHTS, "metrics.jsonl", _VOCABULARY, _CONFIG):
+                (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"{folder}: cannot replace the model in it: {error.strerror}") from error
     elif folder.exists() and not folder.is_dir():
@@ -146,7 +150,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     return vocabulary_from_json(storage.read_json(folder / _VOCABULARY, "vocabulary"))
 
 
-def _fingerprint(vocabulary: Vocabulary) -> str:
+def fingerprint(vocabulary: Vocabulary) -> str:
+    """64 hexadecimal digits that differ when the vocabularies do."""
     return hashlib.sha256(json.dumps(vocabulary.to_json(), sort_keys=True).encode()).hexdigest()
 
 
@@ -168,7 +173,7 @@ def write_weights(
     folder: Path, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, about: Mapping[str, str] | None = None
 ) -> None:
     """Replace the folder's `model.safetensors`; `about` is kept beside the weights, as strings."""
-    metadata = {"vocabulary": _fingerprint(vocabulary), **(about or {})}
+    metadata = {"vocabulary": fingerprint(vocabulary), **(about or {})}
     storage.write_tensors(folder / _WEIGHTS, "model", tensors, metadata)
 
 

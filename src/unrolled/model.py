@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from unrolled.cells import cell_names
+from unrolled.cells import map_state
 from unrolled.config import Config
-from unrolled.errors import ConfigError, nearest
+from unrolled.errors import ConfigError
 from unrolled.kinds.text import NextWriter, TextReader
 from unrolled.nn import Core, CoreState, dropout_steps
 from unrolled.vocabulary import Vocabulary
@@ -57,8 +57,6 @@ class Model(nn.Module):
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         super().__init__()
         core = config.core
-        if core.cell not in cell_names():
-            raise ConfigError(f"core.cell: unknown cell {core.cell!r}: {nearest(core.cell, cell_names())}")
         self.config = config
         self.vocabulary = vocabulary
         self.reader = TextReader(len(vocabulary), config.input.embedding)
@@ -129,15 +127,25 @@ class Model(nn.Module):
         state: CoreState | None = None,
         *,
         reset: Bool[Tensor, "T B"] | None = None,
+        after: int | None = None,
     ) -> tuple[Float[Tensor, ""], CoreState]:
-        """The summed cross-entropy in nats of the targets (IGNORE: not counted), and the final state."""
-        hidden, state = self._hidden(ids, state, None, reset)
-        return self.writer.loss(hidden, targets), state
+        """The summed cross-entropy in nats of the targets (IGNORE: not counted), and the final state.
+
+        after: give the state after so many of the T steps in place of the final one.
+        """
+        if after is None or after == len(ids):
+            hidden, state = self._hidden(ids, state, None, reset)
+            return self.writer.loss(hidden, targets), state
+        state = self.begin(batch=ids.shape[1]) if state is None else state
+        run = self.core(self.reader(ids), state, reset=reset, all_states=True)
+        loss = self.writer.loss(self._drop(run.outputs), targets)
+        return loss, map_state(lambda t: t[after - 1], run.states) if after else state
 
     def _hidden(
         self, ids: Tensor, state: CoreState | None, lengths: Tensor | Sequence[int] | None, reset: Tensor | None
     ) -> tuple[Tensor, CoreState]:
         run = self.core(self.reader(ids), state, lengths=lengths, reset=reset)
-        core = self.core
-        hidden = dropout_steps(run.outputs, core.dropout, locked=core.locked, training=self.training)
-        return hidden, run.state
+        return self._drop(run.outputs), run.state
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return dropout_steps(hidden, self.core.dropout, locked=self.core.locked, training=self.training)

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from unrolled.allocator import keep_freed_memory
-from unrolled.cells import map_state
+from unrolled.cells import cell_names, map_state
 from unrolled.checkpoints import (
     Checkpoint,
     begin_folder,
     checkpoint_steps,
+    fingerprint,
     holds_model,
     load,
     load_weights,
@@ -126,7 +127,7 @@ def prepare_config(
         section, key = flag_key(name).split(".")
         layers.append({section: {key: value}})
     if not resume:
-        given = resolve(*layers)
+        given = resolve(*layers, cells=cell_names())
         if given.training.init_from is None:
             return given
         return _config_from(given, layers)
@@ -372,16 +373,7 @@ class _Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             # The next window starts `advance` steps further on: the state there is its carry. With stride = window
             # that is the end of this window; with stride < window the windows overlap.
-            nats = torch.zeros((), device=self.device)
-            state = carry = self.carry
-            for part in (slice(0, window.advance), slice(window.advance, len(ids))):
-                if len(ids[part]):
-                    loss, state = model.loss(
-                        ids[part], targets[part], state, reset=None if reset is None else reset[part]
-                    )
-                    nats = nats + loss
-                if part.start == 0:
-                    carry = state
+            nats, carry = model.loss(ids, targets, self.carry, reset=reset, after=window.advance)
         units = window.counted
         mean = nats / max(units, 1)
         value = float(mean.detach())
@@ -512,6 +504,7 @@ class _Run:
             "position": asdict(self.at),
             "text": self.text.fingerprint,
             "valid": self.valid.fingerprint,
+            "vocabulary": fingerprint(self.model.vocabulary),
             "torch": torch.__version__,
         }
         write_checkpoint(self.out, Checkpoint(self.at.step, tensors, content), keep={self.at.best_step})
@@ -532,11 +525,21 @@ class _Run:
                     f"{text.fingerprint[:12]}, expected {content[key][:12]}): give the same files, or start anew in "
                     "another folder"
                 )
+        source = f"{self.out}: checkpoint {checkpoint.step}"
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}, "carry": {}, "random": {}}
         for name, tensor in tensors.items():
             part, rest = name.split(".", 1)
             parts[part][rest] = tensor
-        load_weights(self.model, parts["weights"], f"{self.out}: checkpoint {checkpoint.step}")
+        carry = {str(i): t for i, t in enumerate(_flatten(self.carry))}
+        if content["vocabulary"] != fingerprint(self.model.vocabulary) or any(
+            {name: t.shape for name, t in parts[part].items()} != {name: t.shape for name, t in expected.items()}
+            for part, expected in (("average", self.average or {}), ("carry", carry))
+        ):
+            raise StorageError(
+                f"{source} is another model's: its vocabulary, batch size or layers are not those of the config and "
+                "vocabulary beside it; put the original folder back"
+            )
+        load_weights(self.model, parts["weights"], source)
         if self.average is not None:
             self.average = {name: parts["average"][name].to(self.device) for name in self.average}
         for name, tensor in parts["optimizer"].items():
@@ -652,33 +655,42 @@ class _Metrics:
         self.file: Any = None
 
     def open(self, step: int) -> None:
-        kept = [line for line in self._lines() if line["step"] <= step]
-        aside = self.path.with_suffix(".jsonl.tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(aside, self.path)
-        self.file = self.path.open("a")
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        lines = []
-        for text in self.path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be half written
-                lines.append(json.loads(text))
-        return lines
+        with self._writing():
+            self.path.touch()
+            kept = 0
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                if not _is_up_to(line, step):
+                    break
+                kept += len(line)
+            os.truncate(self.path, kept)
+            self.file = self.path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        with self._writing():
+            self.file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
         if self.file is not None:
-            try:
+            with self._writing():
                 self.file.flush()
-            except OSError as error:
-                raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.file.close()
             self.file = None
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
+    """Whether a line of the log is whole and of this update or an earlier one; a killed run may leave half a line."""
+    try:
+        return line.endswith(b"\n") and bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
