@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 import unrolled
 from unrolled.progress import open_bar
 
@@ -22,18 +24,11 @@ def main(text: str, out: str, **settings: object) -> None:
     print()
 
     # Or step by step: a state is a value, so a model can be stopped, copied and gone on with anywhere.
-    ids = model.vocabulary.encode("The")
     state = model.begin()
-    for id in ids.tolist():
-        scores, state = model.step(torch_ids(id), state)
+    for symbol in torch.tensor(model.vocabulary.encode("The").tolist()):
+        scores, state = model.step(symbol[None], state)
     likeliest = scores[0].topk(3).indices.tolist()
-    print("after 'The':", [model.vocabulary.name(id) for id in likeliest])
-
-
-def torch_ids(id: int):  # one row
-    import torch
-
-    return torch.tensor([id])
+    print("after 'The':", [model.vocabulary.name(symbol) for symbol in likeliest])
 
 
 if __name__ == "__main__":
