@@ -130,7 +130,7 @@ def test_chunks_end_at_line_ends(folder: Path, text: str, chunk: int) -> None:
 
 
 def test_long_lines_are_cut_at_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("unrolled.data._LONGEST_LINE", 8)
+    monkeypatch.setattr("unrolled.data.reading._LONGEST_LINE", 8)
     path = write(tmp_path / "long.txt", b"to be or not  to be\nabcdefghijklmnop\nx")
     assert list(read_text(path, chunk=8)) == ["to be", " or not", "  to be\n", "abcdefghijkl", "mnop\n", "x"]
 
@@ -234,8 +234,8 @@ def test_a_text_in_many_chunks_is_encoded_whole(monkeypatch: pytest.MonkeyPatch,
     vocabulary = VOCABULARIES[unit]
     texts = [SAMPLE * 2, "짧은 zebra\n" * 5]
     whole = {documents: encoded(tmp_path, texts, vocabulary, documents) for documents in ("file", "line", "paragraph")}
-    monkeypatch.setattr("unrolled.data.read_text", lambda path, **more: read_text(path, chunk=5, **more))
-    monkeypatch.setattr("unrolled.data._BLOCK", 7)
+    monkeypatch.setattr("unrolled.data.encoding.read_text", lambda path, **more: read_text(path, chunk=5, **more))
+    monkeypatch.setattr("unrolled.data.encoding._BLOCK", 7)
     for documents, expected in whole.items():
         text = encoded(tmp_path, texts, vocabulary, documents)
         np.testing.assert_array_equal(text.ids, expected.ids)
@@ -279,8 +279,8 @@ def test_documents_begin_where_they_should(folder: Path, documents: str, unit: s
 
 
 def test_a_line_that_is_cut_is_one_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("unrolled.data._LONGEST_LINE", 8)
-    monkeypatch.setattr("unrolled.data.read_text", lambda path, **more: read_text(path, chunk=8, **more))
+    monkeypatch.setattr("unrolled.data.reading._LONGEST_LINE", 8)
+    monkeypatch.setattr("unrolled.data.encoding.read_text", lambda path, **more: read_text(path, chunk=8, **more))
     text = "the cat sat on the mat\nthe cat\n"
     for documents in ("line", "paragraph"):
         starts = encoded(tmp_path, [text], VOCABULARIES["char"], documents).starts.tolist()

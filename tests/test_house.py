@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "unrolled"
 
-# Lowest first. A module may import those of lower floors and those to its left on its own.
+# Lowest first. A module may import those of lower floors and those to its left on its own. A folder is one of them,
+# whatever files it has.
 FLOORS = """
     errors storage config allocator progress
     native cells vocabulary attention
@@ -170,6 +172,36 @@ def test_floor_check_allows(module: str, source: str) -> None:
 def test_floor_check_reads_relative_imports_of_a_package() -> None:
     assert floor_faults("from .text import Text\nfrom ..cells import LSTM", "unrolled.kinds", is_package=True) == []
     assert len(floor_faults("from ..model import Model", "unrolled.kinds", is_package=True)) == 1
+
+
+def import_circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import one another in a circle, the first again at the end; [] where there is none.
+
+    The floors leave room for one only among the files of a folder. `sources`: absolute names to texts.
+    """
+    graph = {}
+    for module, source in sources.items():
+        is_package = any(other.startswith(f"{module}.") for other in sources)
+        names = [name for _, name in imported_modules(source, module, is_package=is_package)]
+        imported = {name if name in sources else name.rpartition(".")[0] for name in names}
+        graph[module] = imported & sources.keys() - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    circle = import_circle({module_name(path): path.read_text("utf-8") for path in MODULES})
+    assert not circle, " <- ".join(circle)
+
+
+def test_circle_check_catches() -> None:
+    folder = {"a": "from a.b import B", "a.b": "from a import c", "a.c": "import json"}
+    assert import_circle(folder) == []
+    assert len(import_circle(folder | {"a.c": "from .b import B"})) == 3
+    assert len(import_circle(folder | {"a.c": "from a import B"})) == 4
 
 
 # --- what is public

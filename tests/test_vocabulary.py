@@ -226,8 +226,8 @@ def test_where_the_last_border_is(text: str, border: int) -> None:
 def test_blocks_are_encoded_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {unit: vocabulary.encode(SAMPLE) for unit, vocabulary in VOCABULARIES.items()}
     sizes = {unit: vocabulary.unit_sizes(SAMPLE) for unit, vocabulary in VOCABULARIES.items()}
-    monkeypatch.setattr("unrolled.vocabulary._BLOCK", 7)
-    monkeypatch.setattr("unrolled.vocabulary._SUBWORD_PIECE", 7)
+    for size in ("hangul.BLOCK", "words._PIECE", "subwords._PIECE"):
+        monkeypatch.setattr(f"unrolled.vocabulary.{size}", 7)
     for unit, vocabulary in VOCABULARIES.items():
         np.testing.assert_array_equal(vocabulary.encode(SAMPLE), whole[unit])
         np.testing.assert_array_equal(vocabulary.unit_sizes(SAMPLE), sizes[unit])
