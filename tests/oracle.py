@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 Vector = list[float]
@@ -148,7 +149,7 @@ def run(
 def documents(starts: Sequence[bool]) -> list[range]:
     """The steps of each document of a row; one starts at every mark, and at step 0 whether marked or not."""
     edges = [t for t in range(len(starts)) if t == 0 or starts[t]]
-    return [range(a, b) for a, b in zip(edges, [*edges[1:], len(starts)], strict=True)]
+    return [range(a, b) for a, b in pairwise([*edges, len(starts)])]
 
 
 def run_layers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_gradient_may_come_from_any_results(backend: str, case: Case, only: se
 @pytest.mark.parametrize("only", RESULTS)
 def test_a_gradient_from_one_result_alone(backend: str, name: str, only: str) -> None:
     if only.endswith(".c") and name != "lstm":
-        only = "states.h"  # a cell without c: every parameter still stands for a test that can fail
+        only = "states.h"  # it has no c
     case = Case(name, steps=4, batch=3, inputs=2, hidden=3, lengths=(4, 1, 0), seed=1)
     found, expected = (run_case(case, b, only=[only]) for b in (backend, "reference"))
     agree(found, expected, ROUNDING)
@@ -137,7 +138,7 @@ def test_windows_of_a_carry_add_up(backend: str, name: str) -> None:
     for cuts in ((0, 6), (0, 2, 6)):
         cell, x, state = case.build(), leaf(case.sequence()), map_state(leaf, case.state())
         now, outputs = state, []
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             run = unroll(cell, x[a:b], now, backend=backend)
             now = run.state
             outputs.append(run.outputs)
@@ -209,8 +210,9 @@ def run_under_autocast(case: Case, backend: str, dtype: torch.dtype) -> dict[str
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_autocast_is_as_exact_as_the_reference(backend: str, name: str, dtype: torch.dtype, ragged: bool) -> None:
-    """Each tensor has hundreds of numbers, so its root mean square error hardly depends on chance: the tape, which
-    keeps its states in float32, must not be worse than the reference by more than a tenth."""
+    """The tape keeps its states in float32 and is usually better, with 0.6 to 1.0 of the reference's error. Each tensor
+    has hundreds of numbers, so that chance moves its root mean square error by less than a quarter; a relu that is
+    open in one and closed in the other moves it most."""
     case = Case(name, steps=8, batch=8, inputs=16, hidden=32, seed=4)
     if ragged:
         case = replace(
@@ -219,7 +221,7 @@ def test_autocast_is_as_exact_as_the_reference(backend: str, name: str, dtype: t
     exact = run_case(case, "reference")
     plain, fast = (run_under_autocast(case, b, dtype) for b in ("reference", backend))
     for key, expected in exact.items():
-        assert deviation(fast[key], expected) <= 1.1 * deviation(plain[key], expected), key
+        assert deviation(fast[key], expected) <= 1.25 * deviation(plain[key], expected), key
         # And it is in low precision, not in float32, which would be of the order of 1e-7.
         if not (ragged and key.startswith("d initial")):
             assert deviation(fast[key], expected) > 1e-5, key
@@ -369,5 +371,5 @@ def test_auto_is_the_tape_where_it_applies(name: str) -> None:
     case = Case(name, steps=4, batch=3, inputs=2, hidden=3)
     assert tape.supports(case.build().bind()) is None
     run = unroll(case.build(), leaf(case.sequence()), all_states=True)
-    assert "_Recurrence" in type(run.outputs.grad_fn).__name__ or "Recurrence" in repr(run.outputs.grad_fn)
+    assert "_Recurrence" in repr(run.outputs.grad_fn)
     agree(results_of(run), results_of(unroll(case.build(), case.sequence(), all_states=True, backend="tape")), 0)

@@ -4,6 +4,7 @@ so that `--help` answers at once."""
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from unrolled.errors import ConfigError, UnrolledError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["app", "main"]
+__all__ = ["app", "demo", "doctor", "evaluate", "generate", "main", "train"]
 
 app = typer.Typer(
     name="unrolled",
@@ -27,10 +28,10 @@ app = typer.Typer(
 
     [bold]A first round[/bold]
 
-      unrolled demo                                       all of it in two minutes, on Shakespeare
-      unrolled train my.txt --out my-model/               learn a text, character by character
-      unrolled evaluate my-model/ other.txt               how well is another text predicted?
-      unrolled generate my-model/ --prompt "Once "        have it write
+      unrolled demo                             see all of it, in two minutes
+      unrolled train my.txt --out my/           learn a text
+      unrolled evaluate my/ other.txt           how well is another predicted?
+      unrolled generate my/ --prompt "Once "    have it write
     """,
 )
 
@@ -121,7 +122,7 @@ def train(
     from unrolled.training import train as run
 
     run(texts, out, config=config, valid=valid, resume=resume, force=force, watcher=open_bar(), **settings)
-    typer.echo(f'now try: unrolled generate {out} --prompt "..."', err=True)
+    typer.echo(f"now try: unrolled generate {shlex.quote(str(out))}    (--prompt TEXT: how it shall begin)", err=True)
 
 
 def _window(text: str | None) -> int | str | None:
@@ -138,7 +139,16 @@ def evaluate(
     errors: Annotated[str | None, typer.Option(help="strict, or replace bytes that are not UTF-8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """How well a model predicts a text: cross-entropy per character in nats and bits, and perplexity."""
+    """How well a model predicts a text: cross-entropy per character in nats and bits, and perplexity.
+
+    Lower is better. A text that the model was trained on says little: keep one aside.
+
+    Examples:
+
+      unrolled evaluate shakespeare/ other.txt
+
+      unrolled evaluate shakespeare/ plays/ --lanes 32 --json
+    """
     from unrolled.checkpoints import load
     from unrolled.evaluation import evaluate as run
     from unrolled.progress import open_bar
@@ -159,7 +169,8 @@ def evaluate(
     }
     _table({label: _figure(result[key]) for key, label in names.items()})
     if result["unknown"]:
-        typer.echo("unknown symbols count as one symbol: the figures flatter the model by so much", err=True)
+        share = f"{result['unknown']:,} symbols of the text"
+        typer.echo(f"note: the model never saw {share}; all count as one, so the figures flatter it", err=True)
 
 
 def _figure(value: float) -> str:
@@ -193,7 +204,14 @@ def generate(
     stop: Annotated[str | None, typer.Option(help="End before this string.")] = None,
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt first.")] = True,
 ) -> None:
-    """Have a model write; the text appears as it is made."""
+    """Have a model write; the text appears as it is made.
+
+    Examples:
+
+      unrolled generate shakespeare/ --prompt "ROMEO:" --temperature 0.8
+
+      unrolled generate ko/ --prompt "나는 " --length 100 --seed 1
+    """
     from unrolled.checkpoints import load
     from unrolled.decoding import generate as run
 
@@ -217,6 +235,7 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    sys.stdout.flush()  # a reader who has gone is noticed here and not while Python shuts down
 
 
 @app.command()
@@ -225,7 +244,10 @@ def demo(
     short: Annotated[bool, typer.Option("--short", help="A quarter of the time, a weaker model.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --out.")] = False,
 ) -> None:
-    """All of it in one go on Shakespeare, about two minutes on two cores: train, measure, write."""
+    """All of it in one go on Shakespeare, about two minutes on two cores: train, measure, write.
+
+    Example: unrolled demo --out demo/
+    """
     from unrolled.demo import run_demo
     from unrolled.progress import open_bar
 
@@ -236,7 +258,10 @@ def demo(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Versions, threads, device, and which path runs and why."""
+    """Versions, threads, device, and which path runs and why.
+
+    Example, for a bug report: unrolled doctor --json
+    """
     from unrolled.doctor import examine
 
     found = examine()
@@ -246,18 +271,25 @@ def doctor(
         _table(found)
 
 
+# click's, which older versions of typer import and newer ones bring along; typer exports the class below it only.
+_UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> None:
     """The command line; a mistake of the user's is one line on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Korean and other text whatever the locale says
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        app()
+        # typer gives 130 after Ctrl-C, and goes in silence where the reader of a pipe has gone (| head).
+        sys.exit(app(standalone_mode=False))
     except UnrolledError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone (| head): nothing is wrong, and nothing is left to say
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        message = str(error)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help, which typer has printed
+            sys.exit(2)
+        wrong, context = error.format_message(), error.ctx
+        see = f" (see: {context.command_path} --help)" if context else ""
+        message = wrong[0].lower() + wrong[1:].removesuffix(".") + see
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
