@@ -42,8 +42,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? Neither docs nor results change")
     parser.add_argument("--runs", type=int, help="processes for each measurement (default: 3)")
     parser.add_argument("--out", type=Path, help="(default: benchmarks/results/bptt.json; none with --quick)")
-    parser.add_argument("--docs", type=Path, help="folder of the tables and the plot (default: docs; none with --quick)")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE.json", help="measure nothing: use these results")
+    parser.add_argument("--docs", type=Path, help="the folder to write to (default: docs; none with --quick)")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE.json", help="use these results, measure nothing"
+    )
     parser.add_argument("--run", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run:
@@ -101,7 +103,7 @@ def updates(folder: Path, text: str, sizes: dict[str, Any], runs: int) -> list[d
         path = folder / "steps.txt"
         path.write_text(text[: steps * sizes["batch_size"] + 1], "utf-8")
         row: dict[str, Any] = {"steps": steps}
-        for name, window in (("full", None), ("truncated", sizes["window"])):
+        for name, window in (("full", None), ("truncated", min(sizes["window"], steps))):
             job = {"what": "update", "text": str(path), "window": window, "hidden": sizes["hidden"],
                    "batch_size": sizes["batch_size"]}  # fmt: skip
             row[name] = summary([run(job) for _ in range(runs)])
@@ -114,8 +116,8 @@ def updates(folder: Path, text: str, sizes: dict[str, Any], runs: int) -> list[d
 def trainings(folder: Path, text: str, sizes: dict[str, Any], runs: int) -> list[dict[str, Any]]:
     """Part 2, a row for each length of text."""
     print(
-        f"unrolled train, one epoch, LSTM 1 x {sizes['train_hidden']}, {sizes['train_batch_size']} lanes; median of {runs} "
-        "[min, max]"
+        f"unrolled train, one epoch, LSTM 1 x {sizes['train_hidden']}, {sizes['train_batch_size']} lanes; "
+        f"median of {runs} [min, max]"
     )
     print(f"{'characters':>10}  {'window ' + str(sizes['train_window']):>40}  {'window full':>40}")
     (folder / "valid.txt").write_text(text[-2000:], "utf-8")
@@ -197,7 +199,8 @@ def measure_update(job: dict[str, Any]) -> dict[str, Any]:
         return time.perf_counter() - began
 
     first = lanes.window(0)
-    update(first.inputs[:16], first.targets[:16], model.begin(batch=job["batch_size"]))  # what is loaded when first used
+    # What is loaded when it is first used is no part of the measurement.
+    update(first.inputs[:16], first.targets[:16], model.begin(batch=job["batch_size"]))
     before = restart_peak()
     seconds = [once()]
     peak = peak_memory() - before
@@ -207,19 +210,19 @@ def measure_update(job: dict[str, Any]) -> dict[str, Any]:
 
 def measure_training(job: dict[str, Any]) -> dict[str, Any]:
     """One epoch of `unrolled.train`, everything that it does: seconds and peak memory in bytes."""
-    import torch
-
     import unrolled
-    import unrolled.training
 
-    torch.ones(64, 64).mm(torch.ones(64, 64))
+    def train(folder: str, text: str, **settings: Any) -> None:
+        unrolled.train(
+            text, Path(folder) / "model", valid=job["valid"], layers=1, dropout=0.0, device="cpu", **settings
+        )
+
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded when it is first used is no part of the measurement
+        train(folder, job["valid"], hidden=8, batch_size=2, window=8, steps=1)
     before = restart_peak()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        unrolled.train(
-            job["text"], Path(folder) / "model", valid=job["valid"], hidden=job["hidden"], layers=1, dropout=0.0, epochs=1,
-            batch_size=job["batch_size"], window=job["window"], device="cpu",
-        )  # fmt: skip
+        train(folder, job["text"], hidden=job["hidden"], batch_size=job["batch_size"], window=job["window"], epochs=1)
     return {"seconds": time.perf_counter() - began, "bytes": peak_memory() - before}
 
 
@@ -230,8 +233,9 @@ _WORDS = {
         "updates": "| T | full: time | full: memory | truncated: time | truncated: memory | updates |",
         "trainings": "| characters | `--window {window}` | `--window full` |",
         "none": "left out (too little memory)",
-        "about": "{processor}, {threads} threads, torch {torch}; LSTM 1 × {hidden}, {batch} rows; median of {runs} runs, "
-        "each in a process of its own. Time and memory of going once over T steps; truncated: windows of {window} steps.",
+        "about": "{processor}, {threads} threads, torch {torch}; LSTM 1 × {hidden}, {batch} rows; median of {runs} "
+        "runs, each in a process of its own. Time and memory of going once over T steps; truncated: windows of "
+        "{window} steps.",
         "about_trainings": "Peak memory of one epoch of `unrolled train`, LSTM 1 × {hidden}, {batch} lanes; median of "
         "{runs} runs. What the program takes before it begins is not counted.",
     },
@@ -239,10 +243,11 @@ _WORDS = {
         "updates": "| T | 전체: 시간 | 전체: 메모리 | 절단: 시간 | 절단: 메모리 | 갱신 횟수 |",
         "trainings": "| 글자 수 | `--window {window}` | `--window full` |",
         "none": "생략(메모리 부족)",
-        "about": "{processor}, 스레드 {threads}개, torch {torch}. LSTM 1 × {hidden}, 행 {batch}개. 값마다 별도의 프로세스에서 "
-        "{runs}번 잰 중앙값. T 스텝을 한 번 지나가는 데 드는 시간과 메모리이며, 절단은 윈도우 {window} 스텝.",
-        "about_trainings": "`unrolled train` 한 에폭의 최대 메모리. LSTM 1 × {hidden}, 레인 {batch}개, {runs}번 잰 중앙값. "
-        "시작하기 전에 프로그램이 이미 쓰고 있던 메모리는 빼고 셉니다.",
+        "about": "{processor}, 스레드 {threads}개, torch {torch}. LSTM 1 × {hidden}, 행 {batch}개. 값마다 별도의 "
+        "프로세스에서 {runs}번 잰 중앙값. T 스텝을 한 번 지나가는 데 드는 시간과 메모리이며, 절단은 윈도우 {window} "
+        "스텝.",
+        "about_trainings": "`unrolled train` 한 에폭의 최대 메모리. LSTM 1 × {hidden}, 레인 {batch}개, {runs}번 잰 "
+        "중앙값. 시작하기 전에 프로그램이 이미 쓰고 있던 메모리는 빼고 셉니다.",
     },
 }
 
@@ -252,8 +257,8 @@ def write_docs(results: dict[str, Any], docs: Path) -> None:
     for name, words in _WORDS.items():
         page = docs / name
         text = page.read_text("utf-8")
-        for marker, table in (("updates", updates_table(results, words)), ("trainings", trainings_table(results, words))):
-            text = replace_between(text, f"bptt:{marker}", table, page)
+        text = replace_between(text, "bptt:updates", updates_table(results, words), page)
+        text = replace_between(text, "bptt:trainings", trainings_table(results, words), page)
         page.write_text(text, "utf-8")
         print(f"written: {page}")
     plot(results, docs / "img" / "bptt.svg")

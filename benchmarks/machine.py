@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -53,14 +54,10 @@ def restart_peak() -> int:
     """Count the peak anew from what is in use now, where the system can; the bytes to subtract from later peaks."""
     gc.collect()
     if sys.platform.startswith("linux"):
-        try:
+        with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)  # what an import left free would hide as much of what comes
-        except AttributeError:
-            pass
-        try:
+        with contextlib.suppress(OSError):  # where it is not allowed, the peak so far is what counts from
             Path("/proc/self/clear_refs").write_text("5", "ascii")
-        except OSError:
-            pass  # not allowed here: the peak so far is what counts from
     return peak_memory()
 
 

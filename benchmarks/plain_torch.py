@@ -60,7 +60,8 @@ def main() -> None:
     targets = ids[1 : batch * steps + 1].view(batch, steps).t().contiguous()
 
     torch.manual_seed(s["seed"])
-    model = LanguageModel(s["symbols"], s["hidden"], s["layers"], s["embedding"] if given.input == "embedding" else None)
+    embedding = s["embedding"] if given.input == "embedding" else None
+    model = LanguageModel(s["symbols"], s["hidden"], s["layers"], embedding)
     model.load_state_dict(torch.load(given.start or given.folder / f"{given.input}.pt"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s["lr"], betas=tuple(s["betas"]), weight_decay=0.0)
 

@@ -24,6 +24,8 @@ from typing import Any, TextIO
 
 import yaml
 
+from unrolled.doctor import examine
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -148,11 +150,10 @@ def run(
     source = find_data(recipe, data)
     out.mkdir(parents=True, exist_ok=True)
     prepare(recipe, source, out)
-    machine = json.loads(capture(["doctor", "--json"]))
     sha256 = recipe["data"][source.name]
     path = out / "result.json"
     old = json.loads(path.read_text("utf-8"))["models"] if only and path.exists() else {}
-    result: dict[str, Any] = {"recipe": folder.name, "data": {source.name: sha256}, "machine": machine, "models": old}
+    result: dict[str, Any] = {"recipe": folder.name, "data": {source.name: sha256}, "machine": examine(), "models": old}
     for name, config in models.items():
         if only is None or name == only:
             result["models"][name] = train_and_evaluate(name, folder / config, out, overrides or [], more or [])

@@ -366,7 +366,7 @@ def test_orthogonal_is_so_gate_by_gate(name: str) -> None:
     assert len(blocks) == cell.equation.gates
     for block in blocks:
         agree({"Q Q^T": block @ block.T}, {"Q Q^T": torch.eye(8, dtype=torch.float64)}, ROUNDING)
-    assert len({float(block[0, 0]) for block in blocks}) == len(blocks)
+    assert len({block[0, 0].item() for block in blocks}) == len(blocks)
 
 
 @pytest.mark.parametrize("value", [1.0, -0.5, 0.0])

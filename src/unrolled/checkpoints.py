@@ -38,6 +38,7 @@ __all__ = [
     "holds_model",
     "load",
     "load_weights",
+    "prune_checkpoints",
     "read_checkpoint",
     "read_config",
     "read_vocabulary",
@@ -138,7 +139,7 @@ def read_config(folder: Path) -> Config:
         StorageError: the folder or the file is missing, damaged or newer.
     """
     if not folder.is_dir():
-        raise StorageError(f"{folder}: no such model folder")
+        raise StorageError(f"{folder}: {'a file, expected a' if folder.exists() else 'no such'} model folder")
     try:
         return resolve(storage.read_yaml(folder / _CONFIG, "config"))
     except ConfigError as error:
@@ -225,9 +226,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: set[int]) -> No
 
     if checkpoint.step not in checkpoint_steps(folder):
         storage.write_folder(parent / f"{checkpoint.step:010}", write)
+    prune_checkpoints(folder, keep | {checkpoint.step})
+
+
+def prune_checkpoints(folder: Path, keep: set[int]) -> None:
+    """Delete all checkpoints but those of the steps in `keep`."""
     for step in checkpoint_steps(folder):
-        if step != checkpoint.step and step not in keep:
-            shutil.rmtree(parent / f"{step:010}", ignore_errors=True)
+        if step not in keep:
+            shutil.rmtree(folder / _CHECKPOINTS / f"{step:010}", ignore_errors=True)
 
 
 def read_checkpoint(folder: Path, step: int) -> Checkpoint:

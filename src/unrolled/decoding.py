@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from unrolled.errors import ConfigError, DataError
 from unrolled.model import Model
+from unrolled.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -139,7 +141,7 @@ def _prompt_ids(model: Model, prompt: str) -> Tensor:
 
 
 def _show(unit: str) -> str:
-    return " ".join(f"{c!r} (U+{ord(c):04X})" for c in unit)
+    return f"{unit!r} (U+{ord(unit):04X})" if len(unit) == 1 else repr(unit)
 
 
 @torch.inference_mode()  # torch enters and leaves it around every piece, so the caller's own mode stays as it was
@@ -152,23 +154,48 @@ def _write(model: Model, ids: Tensor, sampling: Sampling, seed: int | None) -> I
         random.manual_seed(seed)
     written: deque[int] = deque(ids.tolist(), maxlen=sampling.repetition_window)
     decoder = model.vocabulary.decoder()
-    training = model.training
     device = model.writer.weight.device
-    try:
-        model.eval()
+    with _evaluating(model):
         state = model.begin(ids[:-1, None].to(device)) if len(ids) > 1 else model.begin()
-        last = ids[-1:].to(device)
-        while True:
+    last = ids[-1:].to(device)
+    barred = [model.vocabulary.unknown, *_joining(model.vocabulary, ids)]
+    while True:
+        with _evaluating(model):
             scores, state = model.step(last, state)
-            row = scores[0].float().cpu()
-            row[model.vocabulary.unknown] = -torch.inf
-            p = next_distribution(row, sampling, written)
-            choice = int(torch.multinomial(p, 1, generator=random))
-            written.append(choice)
-            last = torch.tensor([choice], device=device)
-            yield decoder.feed(choice)
+        row = scores[0].float().cpu()
+        row[barred] = -torch.inf
+        p = next_distribution(row, sampling, written)
+        choice = int(torch.multinomial(p, 1, generator=random))
+        written.append(choice)
+        last = torch.tensor([choice], device=device)
+        barred = [model.vocabulary.unknown]
+        yield decoder.feed(choice)
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """The model in evaluation mode; what the caller had set it to is there again before anything is yielded."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
+
+
+def _joining(vocabulary: Vocabulary, ids: Tensor) -> list[int]:
+    """The symbols that would change the text of the ids before them: a final consonant after the jamo of 나, for
+    example, makes it 난. The prompt is text that stands; its syllables are closed."""
+    decoder = vocabulary.decoder()
+    for index in ids.tolist():
+        decoder.feed(index)
+    held = decoder.held
+    if not held:
+        return []
+    text = vocabulary.decode(held)
+    return [index for index in range(len(vocabulary)) if not vocabulary.decode([*held, index]).startswith(text)]
 
 
 def _limit(pieces: Iterator[str], length: int, stop: str | None) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -63,8 +64,8 @@ def run_demo(out: Path, *, short: bool, force: bool, watcher: Watcher) -> None:
 
     print("\nIt writes (temperature 0.8):\n")
     print("ROMEO:" + "".join(generate(model, "ROMEO:", length=400, temperature=0.8, seed=1)))
-    print(f"\n{time.monotonic() - began:.0f} seconds in all. The model is in {out}/. Try next:")
-    print(f'  unrolled generate {out} --prompt "JULIET:" --temperature 0.6')
+    print(f"\n{time.monotonic() - began:.0f} seconds in all. The model is in {out}. Try next:")
+    print(f'  unrolled generate {shlex.quote(str(out))} --prompt "JULIET:" --temperature 0.6')
     print("  unrolled train YOUR_TEXT.txt --out my-model/      # any text in any language; Korean: --unit jamo")
     print("  unrolled train --help")
 

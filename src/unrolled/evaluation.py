@@ -75,8 +75,10 @@ def evaluate(
         DataError: a text that cannot be read, or with fewer than two symbols.
         ConfigError: lanes below 1 or warm below 0.
     """
-    if lanes < 1 or warm < 0:
-        raise ConfigError(f"evaluate: expected lanes >= 1 and warm >= 0, got {lanes} and {warm}")
+    if lanes < 1:
+        raise ConfigError(f"lanes: expected at least 1, got {lanes}")
+    if warm < 0:
+        raise ConfigError(f"warm: expected at least 0 symbols, got {warm}")
     watcher = watcher or Silent()
     if not isinstance(texts, EncodedText):
         data = model.config.data
@@ -117,7 +119,7 @@ def _cross_entropy(model: Model, text: EncodedText, lanes: int, warm: int, watch
     # text read its first symbol, uncounted, and the reset at position 0 then clears what they did.
     first = np.arange(lanes) * per_lane
     starts = text.starts
-    window = max(1, min(2048, 65536 // lanes))
+    window = max(1, min(2048, 8192 // lanes))  # so that measuring takes no more memory than training does
     device = model.writer.weight.device
     training = model.training
     model.eval()

@@ -51,6 +51,8 @@ class NGram:
         for n in range(1, self.order + 1):
             keys = self._keys(ids, n)
             known, counts = self.counts[n - 1]
+            if not len(known):  # the training text was shorter than n
+                break
             histories, first = np.unique(known // self.symbols, return_index=True)
             total = np.add.reduceat(counts, first)
             types = np.diff(np.append(first, len(known)))

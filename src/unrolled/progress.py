@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.progress import Progress, TaskID
 
 __all__ = ["Bar", "Silent", "Watcher", "open_bar"]
@@ -73,12 +75,16 @@ class Bar:
             if self._progress is None and now - self._began >= _PATIENCE:
                 self._open()
             if self._progress is not None and self._task is not None:
-                self._progress.update(self._task, completed=done, note=note)
+                self._progress.update(self._task, completed=done, note=note, left=self._left(now))
         elif now - self._spoke >= 10:
             self._spoke = now
-            rate = (done - self._first) / (now - self._began)
-            left = f", {_clock((self._total - done) / rate)} left" if rate > 0 else ""
-            self.say(f"{self._what} {100 * done / self._total:.0f} %{'  ' + note if note else ''}{left}")
+            shown = [f"{self._what} {100 * done / self._total:.0f} %", note, self._left(now)]
+            self.say("  ".join(part for part in shown if part))
+
+    def _left(self, now: float) -> str:
+        """The time left at the speed so far; empty while nothing has been done."""
+        rate = (self._done - self._first) / max(now - self._began, 1e-9)
+        return f"{_clock((self._total - self._done) / rate)} left" if rate > 0 else ""
 
     def say(self, line: str) -> None:
         if self._progress is not None:
@@ -92,21 +98,29 @@ class Bar:
         self._progress = self._task = None
 
     def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.console import Console, RenderableType
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.text import Text
 
-        self._progress = Progress(
+        class TwoLines(Progress):
+            """The bar, and below it the note: side by side they would not fit into 80 columns."""
+
+            def get_renderables(self) -> Iterable[RenderableType]:
+                yield self.make_tasks_table(self.tasks)
+                for task in self.tasks:
+                    if task.fields["note"]:
+                        yield Text(task.fields["note"], style="cyan", no_wrap=True, overflow="ellipsis")
+
+        self._progress = TwoLines(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:3.0f}%"),
-            TextColumn("{task.fields[note]}", style="cyan"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[left]}"),
             console=Console(file=self._stream),
             transient=True,
         )
+        self._task = self._progress.add_task(self._what, total=self._total, completed=int(self._done), note="", left="")
         self._progress.start()
-        self._task = self._progress.add_task(self._what, total=self._total, completed=int(self._done), note="")
 
 
 def _clock(seconds: float) -> str:

@@ -38,6 +38,7 @@ from unrolled.checkpoints import (
     holds_model,
     load,
     load_weights,
+    prune_checkpoints,
     read_checkpoint,
     read_config,
     read_vocabulary,
@@ -98,6 +99,8 @@ def train(
     watcher = watcher or Silent()
     out = Path(out)
     config_ = prepare_config(out, config, resume=resume, **settings)
+    if out.exists() and not out.is_dir():
+        raise StorageError(f"{out} is a file, expected a folder to write the model to")
     if not resume and not force and holds_model(out):
         raise StorageError(
             f"{out} already holds a model: go on with it (--resume), replace it (--force) or choose another --out"
@@ -105,8 +108,12 @@ def train(
     if config_.training.keep_memory:
         keep_freed_memory()
     device = _device(config_.training.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return _train(_paths(texts), None if valid is None else _paths(valid), out, config_, resume, device, watcher)
+    held_out = None if valid is None else _paths(valid)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return _train(_paths(texts), held_out, out, config_, resume, device, watcher)
+    finally:
+        watcher.stop()  # an error's message must not land in a bar
 
 
 def prepare_config(
@@ -209,15 +216,17 @@ def _train(
         load_weights(model, weights_of(load(init_from)), init_from)
     model.to(device)
     run = _Run(model, config, out, text, held_out, device, watcher)
-    watcher.say(str(model.form))
-    watcher.say(_describe(model, text, held_out, vocabulary, training.steps, run))
     if steps:
         run.restore(read_checkpoint(out, steps[-1]))
+        prune_checkpoints(out, {run.at.step, run.at.best_step})  # whoever was killed may not have come to it
         write_yaml(out / "config.yaml", "config", to_dict(config))
-        watcher.say(f"going on at update {run.at.step:,}")
     else:
         begin_folder(out, config, vocabulary, overwrite=True)
         run.checkpoint()
+    watcher.say(str(model.form))
+    watcher.say(_describe(model, text, held_out, run))
+    if steps:
+        watcher.say(f"going on at update {run.at.step:,}")
     run.go()
     return load(out)
 
@@ -226,12 +235,20 @@ def _build_vocabulary(texts: list[str | Path], config: Config, watcher: Watcher)
     settings, paths = config.input, find_texts(texts)
     total = sum(path.stat().st_size for path in paths)
 
+    blank = True
+
     def chunks() -> Iterator[str]:
+        nonlocal blank
         done = 0
         for path in paths:
-            yield from read_text(path, errors=config.data.errors)
+            for chunk in read_text(path, errors=config.data.errors):
+                blank = blank and chunk.isspace()
+                yield chunk
             done += path.stat().st_size
             watcher.update(done)
+        if blank:
+            names = f"{', '.join(map(str, paths[:3]))}{', ...' if paths[3:] else ''}"
+            raise DataError(f"there is no text in {names}, or nothing but white space")
 
     watcher.start("counting symbols", total)
     vocabulary = build_vocabulary(
@@ -257,14 +274,13 @@ def _encode(
     return text
 
 
-def _describe(
-    model: Model, text: EncodedText, valid: EncodedText, vocabulary: Vocabulary, steps: int | None, run: _Run
-) -> str:
+def _describe(model: Model, text: EncodedText, valid: EncodedText, run: _Run) -> str:
     weights = sum(t.numel() for t in weights_of(model).values())
-    unseen = f", {valid.unknown:,} of them unknown to the training text" if valid.unknown else ""
+    symbols = {"char": "characters", "word": "words", "subword": "subwords"}.get(model.vocabulary.unit, "jamo")
+    not_known, unseen = (f" ({part.unknown:,} of them unknown)" if part.unknown else "" for part in (text, valid))
     return (
-        f"{len(text):,} {vocabulary.unit} symbols to train on, {len(valid):,} to validate{unseen}; vocabulary "
-        f"{len(vocabulary):,}; {weights:,} weights; {run.total:,} updates of {len(run.lanes):,} an epoch"
+        f"{len(text):,} {symbols} to train on{not_known}, {len(valid):,} to validate{unseen}; vocabulary "
+        f"{len(model.vocabulary):,}; {weights:,} weights; {run.total:,} updates, {len(run.lanes):,} an epoch"
     )
 
 

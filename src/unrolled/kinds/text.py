@@ -79,4 +79,6 @@ class NextWriter(nn.Module):
     def loss(self, hidden: Float[Tensor, "T B H"], targets: Int[Tensor, "T B"]) -> Float[Tensor, ""]:
         """The summed cross-entropy in nats over all steps whose target is not IGNORE."""
         scores = self(hidden).flatten(0, 1)
-        return F.cross_entropy(scores.float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        if scores.dtype != torch.float64:
+            scores = scores.float()  # bfloat16 under autocast is too coarse for a logarithm
+        return F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORE, reduction="sum")
