@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unrolled import cells, storage, training
+from unrolled import cells, metrics, storage
 from unrolled.cells import Cell, HiddenState
 from unrolled.checkpoints import (
     Checkpoint,
@@ -477,7 +477,7 @@ def test_a_full_disk_under_the_log_is_named(text: Path, tmp_path: Path, monkeypa
     def open_full(self: Any, step: int) -> None:
         self.file = open("/dev/full", "w")  # noqa: SIM115
 
-    monkeypatch.setattr(training._Metrics, "open", open_full)
+    monkeypatch.setattr(metrics.MetricsLog, "open", open_full)
     said = message(lambda: train(text, tmp_path / "m", **TINY))
     assert said == f"cannot write {tmp_path}/m/metrics.jsonl: No space left on device"
 

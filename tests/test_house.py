@@ -30,7 +30,7 @@ FLOORS = """
     decoding evaluation checkpoints
     trace streaming
     figures report
-    training
+    metrics training
     ngram
     demo doctor
     server

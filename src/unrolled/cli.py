@@ -71,19 +71,22 @@ def train(
     average: Annotated[float | None, _opt("Average the weights with this decay, e.g. 0.998.", _OPTIMISER)] = None,
     patience: Annotated[int | None, _opt("Stop after so many validations without a better one.", _OPTIMISER)] = None,
     precision: Annotated[str | None, _opt("fp32 (default) or bf16.", _OPTIMISER)] = None,
-    valid: Annotated[list[Path] | None, _opt("Validate on these files (else on the text's last 10 %).", _RUN)] = None,
+    valid: Annotated[
+        list[Path] | None, _opt("Validate on this file too (else on the text's last 10 %).", _RUN, metavar="<path>")
+    ] = None,
     errors: Annotated[str | None, _opt("strict (default), or replace bytes that are not UTF-8.", _RUN)] = None,
     seed: Annotated[int | None, _opt("Random seed (1).", _RUN)] = None,
     device: Annotated[str | None, _opt("auto (default), cpu or cuda.", _RUN)] = None,
     init_from: Annotated[Path | None, _opt("Start from the weights of this model folder.", _RUN)] = None,
     config: Annotated[Path | None, _opt("Settings from a YAML file; flags come on top.", _RUN)] = None,
     set_: Annotated[
-        list[str] | None, _opt("Any setting by its dotted name, e.g. core.init=orthogonal.", _RUN, "--set")
+        list[str] | None,
+        _opt("Any setting by its dotted name, e.g. core.init=orthogonal.", _RUN, "--set", metavar="KEY=VALUE"),
     ] = None,
-    resume: Annotated[bool, _opt("Go on from where the model in --out stopped.", _RUN, "--resume")] = False,
-    force: Annotated[bool, _opt("Replace the model in --out.", _RUN, "--force")] = False,
+    resume: Annotated[bool, _opt("Go on from where the model in --out stopped.", _RUN, "--resume", metavar="")] = False,
+    force: Annotated[bool, _opt("Replace the model in --out.", _RUN, "--force", metavar="")] = False,
     dump_config: Annotated[
-        bool, _opt("Print all settings, resolved and explained, and do nothing.", _RUN, "--dump-config")
+        bool, _opt("Print all settings, resolved and explained, and do nothing.", _RUN, "--dump-config", metavar="")
     ] = False,
 ) -> None:
     """Learn a text: a language model that predicts the next symbol.
@@ -137,7 +140,7 @@ def evaluate(
         int, typer.Option(help="Read the text at so many places at once: faster, and almost the same figure.")
     ] = 1,
     errors: Annotated[str | None, typer.Option(help="strict, or replace bytes that are not UTF-8.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")] = False,
 ) -> None:
     """How well a model predicts a text: cross-entropy per character in nats and bits, and perplexity.
 
@@ -196,13 +199,15 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What comes before; '-' reads standard input.")] = "",
     length: Annotated[int, typer.Option(help="How many characters to write.")] = 400,
     temperature: Annotated[float, typer.Option(help="Below 1 safer, above 1 wilder; 0 takes the likeliest.")] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest symbol (temperature 0).")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", metavar="", help="Always the likeliest symbol (temperature 0).")
+    ] = False,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest symbols.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest that together reach p.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: recently written symbols become rarer.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
     stop: Annotated[str | None, typer.Option(help="End before this string.")] = None,
-    echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt first.")] = True,
+    echo: Annotated[bool, typer.Option("--echo/--no-echo", metavar="", help="Print the prompt first.")] = True,
 ) -> None:
     """Have a model write; the text appears as it is made.
 
@@ -241,8 +246,8 @@ def generate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the model folder goes.")] = Path("demo-shakespeare"),
-    short: Annotated[bool, typer.Option("--short", help="A quarter of the time, a weaker model.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the model in --out.")] = False,
+    short: Annotated[bool, typer.Option("--short", metavar="", help="A quarter of the time, a weaker model.")] = False,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace the model in --out.")] = False,
 ) -> None:
     """All of it in one go on Shakespeare, about two minutes on two cores: train, measure, write.
 
@@ -256,7 +261,7 @@ def demo(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Versions, threads, device, and which path runs and why.
 
