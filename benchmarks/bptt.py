@@ -173,6 +173,7 @@ def measure_update(job: dict[str, Any]) -> dict[str, Any]:
     from unrolled.cells import map_state
     from unrolled.config import resolve
     from unrolled.data import Lanes, encode_texts, read_text
+    from unrolled.nn import CoreState
     from unrolled.vocabulary import build_vocabulary
 
     vocabulary = build_vocabulary("char", read_text(TEXT))
@@ -182,10 +183,10 @@ def measure_update(job: dict[str, Any]) -> dict[str, Any]:
     model = unrolled.Model(config, vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
-    def update(ids: torch.Tensor, targets: torch.Tensor, state: unrolled.cells.State) -> unrolled.cells.State:
+    def update(ids: torch.Tensor, targets: torch.Tensor, state: CoreState) -> CoreState:
         loss, state = model.loss(ids, targets, state)
         optimizer.zero_grad(set_to_none=True)
-        (loss / targets.numel()).backward()
+        (loss / targets.numel()).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return map_state(lambda t: t.detach().clone(), state)  # the gradient stops here, the value goes on
@@ -213,9 +214,8 @@ def measure_training(job: dict[str, Any]) -> dict[str, Any]:
     import unrolled
 
     def train(folder: str, text: str, **settings: Any) -> None:
-        unrolled.train(
-            text, Path(folder) / "model", valid=job["valid"], layers=1, dropout=0.0, device="cpu", **settings
-        )
+        model = Path(folder) / "model"
+        unrolled.train(text, model, valid=job["valid"], layers=1, dropout=0.0, device="cpu", **settings)
 
     with tempfile.TemporaryDirectory() as folder:  # what is loaded when it is first used is no part of the measurement
         train(folder, job["valid"], hidden=8, batch_size=2, window=8, steps=1)
@@ -319,17 +319,25 @@ def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    mpl.rcParams.update({"font.size": 11, "svg.hashsalt": "bptt", "axes.spines.top": False, "axes.spines.right": False})
+    mpl.rcParams.update({"font.size": 11, "svg.hashsalt": "bptt", "lines.linewidth": 2})
+    mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     rows, window = results["updates"], results["sizes"]["window"]
     steps = [row["steps"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    series = (("full", "full BPTT", "#c44536", "o"), ("truncated", f"truncated BPTT, window {window}", "#1f6f8b", "s"))
-    for name, label, colour, marker in series:
-        style = {"label": label, "color": colour, "marker": marker, "linewidth": 2}
+    series: dict[str, dict[str, Any]] = {
+        "full": {"label": "full BPTT", "color": "#c44536", "marker": "o", "markersize": 9},
+        "truncated": {
+            "label": f"truncated BPTT, window {window}",
+            "color": "#1f6f8b",
+            "marker": "s",
+            "linestyle": "--",
+        },
+    }
+    for name, style in series.items():
         left.plot(steps, [row[name]["seconds"]["median"] for row in rows], **style)
         right.plot(steps, [max(row[name]["bytes"]["median"], 2**16) / MIB for row in rows], **style)
     each = [row["truncated"]["seconds"]["median"] / row["truncated"]["updates"]["median"] for row in rows]
-    left.plot(steps, each, color="#1f6f8b", linestyle=":", linewidth=2, label="truncated BPTT, one of its updates")
+    left.plot(steps, each, color="#1f6f8b", linestyle=":", label="truncated BPTT, one of its updates")
     for axes, title in ((left, "seconds to go over T steps"), (right, "peak memory, MiB")):
         axes.set(xscale="log", yscale="log", xlabel="T, steps", title=title)
         axes.set_xticks(steps, [f"{step:,}" for step in steps])

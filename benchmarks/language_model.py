@@ -35,9 +35,11 @@ INPUTS = ("embedding", "one-hot")
 # One pass over the same weights: only the order of summation differs. A loss is a mean of 8192 terms of float32
 # (2^-24 each way), a gradient's norm a sum of products of up to 8192 terms; both stay below this by far.
 FIRST_TOLERANCE = 1e-5
-# From then on AdamW divides each gradient by its own size, so that one which is zero but for rounding moves its
-# weight as far as any other: rounding grows with the updates. The control shows how much, on the plain side alone.
-CURVE_TOLERANCE = 1e-3
+# From then on AdamW divides each gradient by its own size, so that one which is zero but for rounding moves its weight
+# as far as any other: rounding grows with the updates. How fast is measured, on the plain side against itself with its
+# initial weights moved by one rounding. Our other order of summation makes more than one rounding, so ten times that
+# is allowed, and never more than the last number.
+CONTROL_FACTOR, LEAST_TOLERANCE, MOST_TOLERANCE = 10, 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -211,27 +213,23 @@ def equality(bench: Bench, kind: str, updates: int) -> dict[str, Any]:
     control = bench.train(PLAIN, kind, updates, start=bench.nudged(kind))
     bf16 = bench.train(OURS_BF16, kind, updates)
     curve = furthest(plain["losses"], ours["losses"])
+    drift = furthest(plain["losses"], control["losses"])
+    tolerance = min(max(CONTROL_FACTOR * drift, LEAST_TOLERANCE), MOST_TOLERANCE)
     first = max(furthest(plain[key][:1], ours[key][:1]) for key in ("losses", "norms"))
     ends = ((PLAIN, plain), (OURS, ours), (OURS_BF16, bf16))
     nats = {side.name: bench.validate(kind, run["weights"]) for side, run in ends}
     found = {
         "updates": updates,
         "first": {"relative_difference": first, "tolerance": FIRST_TOLERANCE},
-        "curve": {
-            "relative_difference": curve,
-            "tolerance": CURVE_TOLERANCE,
-            "control": furthest(plain["losses"], control["losses"]),
-        },
+        "curve": {"relative_difference": curve, "tolerance": tolerance, "control": drift},
         "losses": {PLAIN.name: plain["losses"], OURS.name: ours["losses"], OURS_BF16.name: bf16["losses"]},
         "valid_nats_per_char": nats,
-        "equal": first <= FIRST_TOLERANCE and curve <= CURVE_TOLERANCE,
+        "equal": first <= FIRST_TOLERANCE and curve <= tolerance,
     }
     print(f"equality over {updates} updates: {'yes' if found['equal'] else 'NO'}")
     print(f"  first update, loss and gradient norm: {first:.1e} apart (at most {FIRST_TOLERANCE:g})")
-    print(
-        f"  losses of all updates: {curve:.1e} apart (at most {CURVE_TOLERANCE:g}); plain torch against itself, "
-        f"weights moved by one rounding: {found['curve']['control']:.1e}"
-    )
+    print(f"  losses of all updates: {curve:.1e} apart (at most {tolerance:.1e})")
+    print(f"  plain torch against itself, initial weights moved by one rounding: {drift:.1e} apart")
     print(f"validation loss after {updates} updates, nats per character:")
     for name, value in nats.items():
         print(f"  {name:20} {value:.4f}")

@@ -93,8 +93,9 @@ def find_data(recipe: dict[str, Any], data: Path) -> Path:
     Raises:
         RecipeError: it is missing or another one.
     """
-    for name, expected in recipe["data"].items():
-        path = data / name
+    wanted: dict[str, str] = recipe["data"]
+    for name, expected in wanted.items():
+        path: Path = data / name
         if not path.is_file():
             continue
         found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -105,8 +106,7 @@ def find_data(recipe: dict[str, Any], data: Path) -> Path:
             )
         return path
     raise RecipeError(
-        f"{data} has no {' or '.join(recipe['data'])}: the recipe's README.md says where to get it; name its folder "
-        "with --data"
+        f"{data} has no {' or '.join(wanted)}: the recipe's README.md says where to get it; name its folder with --data"
     )
 
 

@@ -394,7 +394,7 @@ def test_chrono_spreads_the_time_scales(name: str, longest: int) -> None:
     assert scales.min() >= 1 / slack
     assert scales.max() <= (longest - 1) * slack
     # Six standard errors of the mean of 400 uniform draws, whose deviation is width / sqrt(12).
-    assert abs(float(scales.mean()) - longest / 2) < 6 * (longest - 2) / math.sqrt(12 * hidden)
+    assert abs(scales.mean().item() - longest / 2) < 6 * (longest - 2) / math.sqrt(12 * hidden)
     if name == "lstm":
         assert torch.equal(total[0], -total[1])
     others = [total[2], total[3]] if name == "lstm" else [total[0], total[2]]

@@ -155,6 +155,19 @@ def test_help_imports_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False False"
 
 
+def test_options_that_take_no_value_show_none() -> None:
+    shown = run("train", "--help").out
+    for option in ("--resume", "--force", "--dump-config"):
+        assert re.search(rf"{option} +[A-Z]", shown), f"{option} looks as if it took a value"
+    assert re.search(r"--set +KEY=VALUE ", shown)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(r"unrolled(, from a folder that is not installed as a package| \d+\.\d+\.\d+)\n", done.out)
+
+
 @pytest.mark.parametrize("arguments", [[], ["train"], ["evaluate"], ["generate"]])
 def test_nothing_said_is_answered_with_help(arguments: list[str]) -> None:
     done = run(*arguments)

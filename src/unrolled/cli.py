@@ -35,6 +35,27 @@ app = typer.Typer(
     """,
 )
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"unrolled {version('unrolled')}")
+        except PackageNotFoundError:
+            typer.echo("unrolled, from a folder that is not installed as a package")
+        raise typer.Exit
+
+
+@app.callback()
+def _unrolled(
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar="", help="Show the version and exit.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None: ...
+
+
 _MODEL, _BPTT, _OPTIMISER, _RUN = "Model", "Time (BPTT)", "Optimiser", "Run"
 
 
@@ -72,7 +93,8 @@ def train(
     patience: Annotated[int | None, _opt("Stop after so many validations without a better one.", _OPTIMISER)] = None,
     precision: Annotated[str | None, _opt("fp32 (default) or bf16.", _OPTIMISER)] = None,
     valid: Annotated[
-        list[Path] | None, _opt("Validate on this file too (else on the text's last 10 %).", _RUN, metavar="<path>")
+        list[Path] | None,
+        _opt("Validate on this file, again for more (else on the text's last 10 %).", _RUN, metavar="<path>"),
     ] = None,
     errors: Annotated[str | None, _opt("strict (default), or replace bytes that are not UTF-8.", _RUN)] = None,
     seed: Annotated[int | None, _opt("Random seed (1).", _RUN)] = None,

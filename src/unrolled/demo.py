@@ -76,6 +76,6 @@ def _curve(metrics: Path) -> list[str]:
     points = [(line["epoch"], line["step"], line["nats_per_char"]) for line in lines if line["kind"] == "valid"]
     longest = max(nats for _, _, nats in points)
     return [
-        f"  epoch {epoch:>4g}  update {step:>5,}  {nats:.3f}  {'█' * round(40 * nats / longest)}"
+        f"  epoch {round(epoch, 2):>4g}  update {step:>5,}  {nats:.3f}  {'█' * round(40 * nats / longest)}"
         for epoch, step, nats in points
     ]

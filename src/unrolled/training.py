@@ -455,8 +455,9 @@ class _Run:
             at.bad, at.plateau_bad = at.bad + 1, at.plateau_bad + 1
         if settings.schedule == "plateau" and at.plateau_bad > settings.plateau_patience:
             at.plateau_scale, at.plateau_bad = at.plateau_scale * settings.plateau_factor, 0
+        epoch = round(at.epoch + at.window / len(self.lanes), 2)
         self.watcher.say(
-            f"epoch {at.epoch + at.window / len(self.lanes):g}  update {at.step:,}  valid {nats:.4f} nats/char  "
+            f"epoch {epoch:g}  update {at.step:,}  valid {nats:.4f} nats/char  "
             f"{result.bits_per_char:.4f} bits/char  perplexity {result.perplexity:.2f}"
             + ("" if better else f"  (best {at.best:.4f})")
         )
