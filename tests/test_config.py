@@ -295,7 +295,7 @@ def test_what_came_is_shown_on_one_line(given_value: object, shown: str) -> None
         (
             {"training": {"window": "full", "stride": 5}},
             (
-                "training.stride: a full window is the whole document, so there is nothing to step on by: expected "
+                "training.stride: a full window is the whole lane, so there is nothing to step on by: expected "
                 "null, got 5"
             ),
         ),

@@ -147,7 +147,9 @@ class TrainingConfig(_Section):
     """Truncated BPTT, the optimiser and its schedule, when to validate, save and stop."""
 
     window: _Count | Literal["full"] = Field(
-        128, description="Steps that the gradient goes back (k2 of truncated BPTT); full: the whole document."
+        128,
+        description="Steps that the gradient goes back (k2 of truncated BPTT); full: a whole lane, the text divided by "
+        "batch_size, which takes memory for every step of it.",
     )
     stride: _Count | None = Field(
         None, description="Steps from one update to the next (k1), at most the window; null: the window itself."
@@ -372,7 +374,7 @@ def _contradictions(config: Config) -> Iterable[str]:
     if training.stride is not None:
         if training.window == "full":
             yield (
-                f"training.stride: a full window is the whole document, so there is nothing to step on by: expected "
+                f"training.stride: a full window is the whole lane, so there is nothing to step on by: expected "
                 f"null, got {training.stride}"
             )
         elif training.stride > training.window:
