@@ -147,9 +147,7 @@ class TrainingConfig(_Section):
     """Truncated BPTT, the optimiser and its schedule, when to validate, save and stop."""
 
     window: _Count | Literal["full"] = Field(
-        128,
-        description="Steps that the gradient goes back (k2 of truncated BPTT); full: a whole lane, the text divided by "
-        "batch_size, which takes memory for every step of it.",
+        128, description="Steps that the gradient goes back (k2 of truncated BPTT); full: a lane, text / batch_size."
     )
     stride: _Count | None = Field(
         None, description="Steps from one update to the next (k1), at most the window; null: the window itself."
