@@ -866,12 +866,12 @@ def test_it_trains_in_any_thread(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM from /proc")
 def test_peak_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """Truncated BPTT's promise. A graph kept from window to window would take some 4 kB a symbol here (LSTM of 64:
-    gates, states and projections of every step and their gradients), which is 4 GB for the long text."""
+    """Truncated BPTT's promise. A tape kept from window to window would take some 1.4 kB a symbol here (LSTM of 32:
+    projections, gates and states of every step), which is above 1 GB for the long text."""
     program = """
         import sys
         from unrolled.training import train
-        train(sys.argv[1], sys.argv[2], cell="lstm", hidden=64, layers=1, dropout=0.0, window=32, batch_size=256,
+        train(sys.argv[1], sys.argv[2], cell="lstm", hidden=32, layers=1, dropout=0.0, window=32, batch_size=256,
               epochs=1, schedule="constant", keep_memory=False)
         print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
     """
@@ -888,8 +888,8 @@ def test_peak_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         )
         peaks.append(int(result.stdout) / 1024)
     assert (tmp_path / "m1000000" / "metrics.jsonl").exists()
-    # The long text is held as text once while its symbols are counted (MBs), never as a graph (GBs).
-    assert peaks[1] - peaks[0] < 60, f"peak memory in MB for 10^4 and 10^6 characters: {peaks}"
+    # The long text is held as text once while its symbols are counted: 8 MB more were seen, 1.4 GB with a full window.
+    assert peaks[1] - peaks[0] < 40, f"peak memory in MB for 10^4 and 10^6 characters: {peaks}"
 
 
 def test_weights_written_are_those_of_the_model(text: Path, tmp_path: Path) -> None:
