@@ -22,10 +22,10 @@ help: ## list these targets
 	@echo "Variables: PYTHON=python3.12, VENV=.venv, TORCH_INDEX=<address of PyTorch's CPU index, see pytorch.org/get-started>"
 
 demo: $(VENV)/.installed ## install into .venv and show what unrolled does
-	$(BIN)/unrolled demo
+	$(BIN)/unrolled demo --force
 
 demo-short: $(VENV)/.installed ## the same demo, shortened for CI
-	$(BIN)/unrolled demo --short
+	$(BIN)/unrolled demo --short --force
 
 setup: $(VENV)/.installed-dev ## install into .venv, with the tools for development
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from samples import ENGLISH, KOREAN, small_model
 from torch import Tensor
@@ -378,6 +378,8 @@ def cut(text: str, length: int, stop: str | None) -> str:
     return text[: min(length, at if at >= 0 else len(text))]
 
 
+@settings(max_examples=300)
+@example(pieces=["aab"], length=1, stop="b")  # the stop lies beyond the length, in the same piece
 @given(
     pieces=st.lists(st.text("ab", max_size=3), max_size=12),
     length=st.integers(0, 14),

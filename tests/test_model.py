@@ -221,6 +221,7 @@ def test_dropout_before_the_output_while_training(locked: bool) -> None:
     model(ids)
     assert torch.equal(seen[0], seen[1])
     model.train()
+    torch.manual_seed(1)  # the locked mask has 32 values only
     model(ids)
     dropped = seen[2] == 0
     assert 0.3 < dropped.double().mean() < 0.7

@@ -801,7 +801,7 @@ def test_a_users_cell_sets_its_own_weights(minimal: str, options: dict[str, Any]
     "arguments, options, message",
     [
         (("gru", 3, 4, 0), {}, "core.layers: expected at least 1, got 0"),
-        (("gur", 3, 4), {}, "core.cell: unknown cell 'gur': did you mean 'gru'? ..."),
+        (("gruu", 3, 4), {}, "core.cell: unknown cell 'gruu': did you mean 'gru'? ..."),
         (("gru", 0, 4), {}, "GRU: input and hidden size must be at least 1, got 0 and 4"),
         (("gru", 3, 0), {}, "GRU: input and hidden size must be at least 1, got 3 and 0"),
         (("gru", 3, 4), {"dropout": 1.0}, "core.dropout: expected 0 <= p < 1, got 1.0"),
