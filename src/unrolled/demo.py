@@ -24,7 +24,7 @@ __all__ = ["run_demo"]
 
 _SETTINGS: dict[str, Any] = {
     "cell": "lstm", "hidden": 256, "layers": 1, "dropout": 0.1, "window": 64, "batch_size": 32, "lr": 4e-3,
-    "average": 0.99, "epochs": 5,
+    "average": 0.99, "epochs": 4,
 }  # fmt: skip
 _SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 160, "epochs": 2}
 
