@@ -1,0 +1,35 @@
+// Scratch memory for the kernels: aligned blocks that are kept when returned, since having the kernel map and zero
+// megabytes anew at every call costs more than a small layer's arithmetic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace unrolled {
+
+// A block of at least `bytes`, aligned to 64 bytes, not cleared; given back when the object ends.
+class Scratch {
+public:
+    Scratch() = default;
+    explicit Scratch(size_t bytes);
+    ~Scratch();
+    Scratch(Scratch&& other) noexcept;
+    Scratch& operator=(Scratch&& other) noexcept;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    std::byte* data() const { return data_; }
+    template <class T>
+    T* as(size_t offset = 0) const {
+        return reinterpret_cast<T*>(data_ + offset);
+    }
+
+private:
+    std::byte* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Bytes of scratch that are in use or kept.
+size_t scratch_held();
+
+}  // namespace unrolled

@@ -1,0 +1,809 @@
+// A layer over a whole sequence, forward and backward.
+//
+// Work is shared between threads in one of two ways, with the same bits:
+//   by rows    each thread takes its own rows through all steps and never waits (many rows);
+//   by units   each thread computes its own units of every row, and all meet after each step (few rows).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <vector>
+
+#include "kernels.h"
+#include "product.h"
+
+namespace unrolled::UNROLLED_ISA {
+namespace {
+
+// --- what both directions of travel need to know about rows and steps
+
+struct Plan {
+    Extent extent;
+    int threads;
+    bool by_units;
+    Vector<int64_t> order;  // rows, longest first
+
+    int64_t length(int64_t row) const { return extent.lengths ? extent.lengths[row] : extent.T; }
+
+    // The rows of one thread, longest first: those of step t are then the first `active(rows, t)`.
+    Vector<int64_t> rows_of(int index, int count) const {
+        Vector<int64_t> rows;
+        if (by_units) return order;
+        if (extent.lengths == nullptr) {
+            const Range range = share(extent.B, index, count);
+            for (int64_t i = range.first; i < range.last; ++i) rows.push_back(i);
+            return rows;
+        }
+        // Dealt in turn, there and back, so that long rows are spread evenly.
+        for (int64_t i = 0; i < extent.B; ++i) {
+            const int64_t turn = i % (2 * count);
+            if ((turn < count ? turn : 2 * count - 1 - turn) == index) rows.push_back(order[i]);
+        }
+        return rows;
+    }
+    int64_t active(const Vector<int64_t>& rows, int64_t t) const {
+        if (extent.lengths == nullptr) return static_cast<int64_t>(rows.size());
+        return std::partition_point(rows.begin(), rows.end(), [&](int64_t row) { return length(row) > t; }) - rows.begin();
+    }
+};
+
+constexpr int64_t rows_for_units = 6;           // fewer rows than this for each thread: share by units
+constexpr double flop_for_threads = 400e3;      // a step or call below it is not worth waking a thread for
+
+Plan make_plan(const Extent& extent, Cell cell, int directions, int threads) {
+    Plan plan{extent, threads, false, {}};
+    const double flop = 2.0 * directions * gates(cell) * static_cast<double>(extent.T * extent.B) *
+                        static_cast<double>(extent.H * (extent.H + extent.I));
+    if (flop < flop_for_threads) plan.threads = 1;
+    plan.by_units = plan.threads > 1 && extent.B < rows_for_units * plan.threads;
+    if (plan.by_units && flop < flop_for_threads / 4 * static_cast<double>(extent.T)) {
+        // Too little for the threads to meet after every step.
+        plan.by_units = false;
+        plan.threads = static_cast<int>(std::clamp<int64_t>(extent.B, 1, threads));
+    }
+    plan.order.resize(static_cast<size_t>(extent.B));
+    std::iota(plan.order.begin(), plan.order.end(), 0);
+    if (extent.lengths != nullptr)
+        std::sort(plan.order.begin(), plan.order.end(), [&](int64_t a, int64_t b) {
+            return std::pair(-extent.lengths[a], a) < std::pair(-extent.lengths[b], b);
+        });
+    return plan;
+}
+
+template <Cell C>
+struct PanelsOf {
+    using type = Gated<gates(C)>;
+};
+template <>
+struct PanelsOf<Cell::rnn> {
+    using type = Plain;
+};
+template <>
+struct PanelsOf<Cell::rnn_relu> {
+    using type = Plain;
+};
+
+// --- packed weights of a direction: W_ih, then W_hh, each as its product wants it
+
+template <class Number, Cell C>
+size_t packed_input_size(int64_t I, int64_t H) {
+    return I > 0 ? packed_bytes<Number>(typename PanelsOf<C>::type{H}, I) : 0;
+}
+template <class Number, Cell C>
+size_t packed_size_of(bool backward, int64_t I, int64_t H) {
+    if (backward)
+        return (I > 0 ? packed_bytes<Number>(Plain{I}, gates(C) * H) : 0) + packed_bytes<Number>(Plain{H}, gates(C) * H);
+    return packed_input_size<Number, C>(I, H) + packed_bytes<Number>(typename PanelsOf<C>::type{H}, H);
+}
+
+// In D, the gradients of a step's sums, a gru's candidate comes first: n r z, then the recurrent candidate n r, so that
+// what belongs to W_ih (n r z) and what belongs to W_hh (r z n r) are both in one piece.
+template <Cell C>
+int64_t row_of_input_weight(int64_t k, int64_t H) {
+    if constexpr (C == Cell::gru) return k < H ? 2 * H + k : k - H;
+    return k;
+}
+
+template <class Number, Cell C>
+void pack_weights(bool backward, int64_t I, int64_t H, const Weights& w, std::byte* into, int threads) {
+    using Element = ElementOf<Number>;
+    using Panels = typename PanelsOf<C>::type;
+    Element* input = reinterpret_cast<Element*>(into);
+    if (!backward) {
+        const Panels panels{H};
+        Element* recurrent = reinterpret_cast<Element*>(into + packed_input_size<Number, C>(I, H));
+        parallel(threads, [&](int index, int count) {
+            const Range range = share(panels.panels(), index, count);
+            for (int64_t p = range.first; p < range.last; ++p) {
+                if (I > 0) pack_rows<Number>(panels, p, w.ih, I, 0, I, input + p * panel_elements<Number, Panels>(I));
+                pack_rows<Number>(panels, p, w.hh, H, 0, H, recurrent + p * panel_elements<Number, Panels>(H));
+            }
+        });
+        return;
+    }
+    const int64_t K = gates(C) * H;
+    Element* recurrent =
+        reinterpret_cast<Element*>(into + (I > 0 ? packed_bytes<Number>(Plain{I}, K) : 0));
+    parallel(threads, [&](int index, int count) {
+        if (I > 0) {
+            const Plain panels{I};
+            const Range range = share(panels.panels(), index, count);
+            for (int64_t p = range.first; p < range.last; ++p)
+                pack_columns<Number>(panels, p, K, [&](int64_t k) { return w.ih + row_of_input_weight<C>(k, H) * I; },
+                                     input + p * panel_elements<Number, Plain>(K));
+        }
+        const Plain panels{H};
+        const Range range = share(panels.panels(), index, count);
+        for (int64_t p = range.first; p < range.last; ++p)
+            pack_columns<Number>(panels, p, K, [&](int64_t k) { return w.hh + k * H; },
+                                 recurrent + p * panel_elements<Number, Plain>(K));
+    });
+}
+
+// --- forward
+
+// What a tile's last act reads and writes: the rows of one step. Entry i of each array is of the i-th active row.
+template <class Number>
+struct StepRows {
+    Vector<const ElementOf<Number>*> operand;  // h before, as an operand
+    Vector<const float*> projected;            // [G*H] what the input contributes
+    Vector<const float*> h_before, c_before;   // [H]
+    Vector<float*> h, c, tape;                 // [H] [H] [4H] or null
+    Vector<ElementOf<Number>*> operand_after;  // [H] h as an operand for the next step; null: h itself is
+
+    explicit StepRows(size_t n)
+        : operand(n), projected(n), h_before(n), c_before(n), h(n), c(n), tape(n), operand_after(n) {}
+};
+
+template <class Number, Cell C, int R, int NV>
+UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const typename PanelsOf<C>::type& panels, int64_t panel,
+                                 int64_t H, StepRows<Number>& rows, int64_t first) {
+    for (int r = 0; r < R; ++r) {
+        const int64_t i = first + r;
+        const float* x = rows.projected[i];
+        float* tape = rows.tape[i];
+        if constexpr (C == Cell::rnn || C == Cell::rnn_relu) {
+            for (int v = 0; v < NV; ++v) {
+                const int n = panels.valid(panel, v);
+                if (n == 0) break;
+                const int64_t u = panels.column(panel, v);
+                vf a = sums.of[r][v] + load(x + u, n);
+                vf h = C == Cell::rnn ? tanh(a) : at_least(a, 0.0f);
+                store(rows.h[i] + u, h, n);
+                if (rows.operand_after[i]) Number::store_lanes(rows.operand_after[i] + u, h, n);
+            }
+        } else {
+            const int n = panels.valid(panel, 0);
+            const int64_t u = panel * L;
+            vf h;
+            if constexpr (C == Cell::lstm) {
+                const vf in = sigmoid(sums.of[r][0] + load(x + u, n));
+                const vf forget = sigmoid(sums.of[r][1] + load(x + H + u, n));
+                const vf candidate = tanh(sums.of[r][2] + load(x + 2 * H + u, n));
+                const vf out = sigmoid(sums.of[r][3] + load(x + 3 * H + u, n));
+                const vf c = forget * load(rows.c_before[i] + u, n) + in * candidate;
+                h = out * tanh(c);
+                store(rows.c[i] + u, c, n);
+                if (tape) {
+                    store(tape + u, in, n);
+                    store(tape + H + u, forget, n);
+                    store(tape + 2 * H + u, candidate, n);
+                    store(tape + 3 * H + u, out, n);
+                }
+            } else {
+                const vf reset = sigmoid(sums.of[r][0] + load(x + u, n));
+                const vf update = sigmoid(sums.of[r][1] + load(x + H + u, n));
+                const vf candidate = tanh(load(x + 2 * H + u, n) + reset * sums.of[r][2]);
+                h = candidate + update * (load(rows.h_before[i] + u, n) - candidate);
+                if (tape) {
+                    store(tape + u, reset, n);
+                    store(tape + H + u, update, n);
+                    store(tape + 2 * H + u, candidate, n);
+                    store(tape + 3 * H + u, sums.of[r][2], n);
+                }
+            }
+            store(rows.h[i] + u, h, n);
+            if (rows.operand_after[i]) Number::store_lanes(rows.operand_after[i] + u, h, n);
+        }
+    }
+}
+
+// One step of the first n rows, for the panels of `range`. Every other step goes through them backwards: the panels that
+// were used last are still near.
+template <class Number, Cell C>
+void step_panels(const Operand<Number>& recurrent, const float* bias, int64_t H, Range range, bool backwards,
+                 StepRows<Number>& rows, int64_t n) {
+    using Panels = typename PanelsOf<C>::type;
+    constexpr int NV = Panels::NV;
+    const Panels panels{H};
+    for (int64_t q = range.first; q < range.last; ++q) {
+        const int64_t p = backwards ? range.first + range.last - 1 - q : q;
+        each_tile<max_rows(NV)>(n, [&](auto tile_rows, int64_t first) UNROLLED_LAMBDA_INLINE {
+            constexpr int R = decltype(tile_rows)::value;
+            Sums<R, NV> sums;
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+                const int valid = panels.valid(p, v);
+                const vf start = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(p, v), valid);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) sums.of[r][v] = start;
+            }
+            multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand.data() + first);
+            finish_tile<Number, C, R, NV>(sums, panels, p, H, rows, first);
+        });
+    }
+}
+
+template <class Number, Cell C>
+void forward_direction(const Forward& f, int d, const Plan& plan, int index, int count, Barrier& barrier,
+                       ElementOf<Number>* shared_operands, float* shared_c) {
+    using Element = ElementOf<Number>;
+    using Panels = typename PanelsOf<C>::type;
+    constexpr int G = gates(C);
+    constexpr bool own_operands = !std::is_same_v<Number, Float32>;
+    const auto [T, B, I, H, lengths, resets, block_] = f.extent;
+    const int64_t stride = f.directions * H;
+    float* const outputs = f.outputs + d * H;
+    const bool reverse = f.reverse[d];
+    const uint8_t* reset = resets[d];
+    const Weights& w = f.weights[d];
+    const Panels panels{H};
+    const Range range = plan.by_units ? share(panels.panels(), index, count) : Range{0, panels.panels()};
+    const Vector<int64_t> rows = plan.rows_of(index, count);
+    const int64_t n = static_cast<int64_t>(rows.size());
+    const bool lookup = f.inputs.ids != nullptr;
+
+    Operand<Number> input{nullptr, w.ih, I, I}, recurrent{nullptr, w.hh, H, H};
+    if (f.packed[d] != nullptr) {
+        if (!lookup) input.packed = reinterpret_cast<const Element*>(f.packed[d]);
+        recurrent.packed = reinterpret_cast<const Element*>(
+            f.packed[d] + (lookup ? 0 : packed_input_size<Number, C>(I, H)));
+    }
+
+    // Operands [2][n][K]: h of the step before and of this one, in turn; a row of zeros for resets.
+    const int64_t K = padded<Number>(H);
+    Scratch zero_block(static_cast<size_t>(K) * 4);
+    std::memset(zero_block.data(), 0, static_cast<size_t>(K) * 4);
+    const float* const zero = zero_block.as<float>();
+    const Element* const zero_operand = zero_block.as<Element>();
+    Scratch operand_block;
+    Element* operands = shared_operands;
+    if constexpr (own_operands) {
+        if (!plan.by_units) {
+            operand_block = Scratch(static_cast<size_t>(2 * std::max<int64_t>(n, 1) * K) * sizeof(Element));
+            operands = operand_block.as<Element>();
+        }
+        if (!plan.by_units || index == 0)
+            for (int64_t i = 0; i < n; ++i)
+                for (int parity = 0; parity < 2; ++parity) {
+                    Element* to = operands + (parity * n + i) * K;
+                    Number::store_row(to, f.h0[d] + rows[i] * H, H);
+                    for (int64_t k = H; k < K; ++k) to[k] = Element{};
+                }
+    }
+    // Inference keeps one c for each row.
+    Scratch c_block;
+    float* cells = shared_c;
+    const bool keep_c = C == Cell::lstm && f.c[d] == nullptr;
+    if (keep_c) {
+        if (!plan.by_units) {
+            c_block = Scratch(static_cast<size_t>(std::max<int64_t>(n, 1) * H) * 4);
+            cells = c_block.as<float>();
+        }
+    }
+
+    // The products with the inputs, for as many steps at once as make them large while what they write stays near.
+    const int64_t ahead = lookup ? T : std::clamp<int64_t>(192 / std::max<int64_t>(n, 1), 1, std::max<int64_t>(T, 1));
+    const bool in_place = f.tape[d] != nullptr || C == Cell::rnn || C == Cell::rnn_relu;
+    Scratch projected_block, x_block;
+    if (!lookup && !in_place) projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
+    const int64_t KI = padded<Number>(I);
+    if (!lookup && own_operands) x_block = Scratch(static_cast<size_t>(ahead * n * KI) * sizeof(Element));
+    const auto projected_row = [&](int64_t t, int64_t i, int64_t s) -> float* {
+        const int64_t at = t * B + rows[i];
+        if constexpr (C == Cell::rnn || C == Cell::rnn_relu) return outputs + at * stride;
+        if (in_place) return f.tape[d] + at * tape_gates(C) * H;
+        return projected_block.as<float>() + (s * n + i) * G * H;
+    };
+    Vector<const Element*> x_rows;
+    Vector<float*> x_to;
+
+    StepRows<Number> step(static_cast<size_t>(n));
+    if (plan.by_units) barrier.wait(count);
+    for (int64_t s0 = 0; s0 < T; s0 += ahead) {
+        const int64_t s1 = std::min(s0 + ahead, T);
+        if (!lookup) {
+            x_rows.clear();
+            x_to.clear();
+            for (int64_t s = s0; s < s1; ++s) {
+                const int64_t t = reverse ? T - 1 - s : s;
+                for (int64_t i = 0, m = plan.active(rows, t); i < m; ++i) {
+                    const float* x = f.inputs.x + t * f.inputs.step + rows[i] * f.inputs.row;
+                    if constexpr (own_operands) {
+                        Element* to = x_block.as<Element>() + static_cast<int64_t>(x_rows.size()) * KI;
+                        Number::store_row(to, x, I);
+                        for (int64_t k = I; k < KI; ++k) to[k] = Element{};
+                        x_rows.push_back(to);
+                    } else {
+                        x_rows.push_back(x);
+                    }
+                    x_to.push_back(projected_row(t, i, s - s0));
+                }
+            }
+            product<Number>(panels, range, input, w.bias_ih, x_rows.data(), x_to.data(),
+                            static_cast<int64_t>(x_rows.size()));
+        }
+        for (int64_t s = s0; s < s1; ++s) {
+            const int64_t t = reverse ? T - 1 - s : s;
+            const int64_t before = reverse ? t + 1 : t - 1;
+            const int64_t m = plan.active(rows, t);
+            for (int64_t i = 0; i < m; ++i) {
+                const int64_t row = rows[i], at = t * B + row;
+                const bool fresh = reset != nullptr && reset[at];
+                const bool start = before < 0 || before >= plan.length(row);
+                const float* h_before = fresh ? zero : start ? f.h0[d] + row * H : outputs + (before * B + row) * stride;
+                step.h_before[i] = h_before;
+                if constexpr (own_operands) {
+                    step.operand[i] = fresh ? zero_operand : operands + (((s + 1) & 1) * n + i) * K;
+                    step.operand_after[i] = operands + ((s & 1) * n + i) * K;
+                } else {
+                    step.operand[i] = h_before;
+                    step.operand_after[i] = nullptr;
+                }
+                step.projected[i] =
+                    lookup ? f.table[d] + f.inputs.ids[at] * G * H : projected_row(t, i, s - s0);
+                step.h[i] = outputs + at * stride;
+                step.tape[i] = f.tape[d] != nullptr ? f.tape[d] + at * tape_gates(C) * H : nullptr;
+                if constexpr (C == Cell::lstm) {
+                    if (keep_c) {
+                        step.c[i] = cells + i * H;
+                        step.c_before[i] = fresh ? zero : start ? f.c0[d] + row * H : step.c[i];
+                    } else {
+                        step.c[i] = f.c[d] + at * H;
+                        step.c_before[i] = fresh ? zero : start ? f.c0[d] + row * H : f.c[d] + (before * B + row) * H;
+                    }
+                }
+            }
+            step_panels<Number, C>(recurrent, w.bias_hh, H, range, (s & 1) != 0, step, m);
+            if (plan.by_units) barrier.wait(count);
+        }
+    }
+
+    // The final states, and zeros at padding.
+    if (plan.by_units && index != 0) return;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t row = rows[i], length = plan.length(row);
+        const int64_t last = reverse ? 0 : length - 1;
+        const size_t bytes = static_cast<size_t>(H) * 4;
+        std::memcpy(f.h_n[d] + row * H, length > 0 ? outputs + (last * B + row) * stride : f.h0[d] + row * H, bytes);
+        if constexpr (C == Cell::lstm) {
+            const float* c = length == 0 ? f.c0[d] + row * H : keep_c ? cells + i * H : f.c[d] + (last * B + row) * H;
+            std::memcpy(f.c_n[d] + row * H, c, bytes);
+        }
+        for (int64_t t = length; t < T; ++t) std::memset(outputs + (t * B + row) * stride, 0, bytes);
+    }
+}
+
+// Packs the weights for one call where that pays: with few rows in all, each weight is used so seldom that it is packed
+// on the way.
+template <class Number, Cell C>
+void forward_layer(const Forward& given, int threads) {
+    Forward f = given;
+    const Extent& e = f.extent;
+    const Plan plan = make_plan(e, C, f.directions, threads);
+    const bool lookup = f.inputs.ids != nullptr;
+    Scratch packs[2];
+    for (int d = 0; d < f.directions; ++d)
+        if (f.packed[d] == nullptr && e.T * e.B > rows_packed_on_the_way) {
+            const int64_t I = lookup ? 0 : e.I;
+            packs[d] = Scratch(packed_size_of<Number, C>(false, I, e.H));
+            pack_weights<Number, C>(false, I, e.H, f.weights[d], packs[d].data(), plan.threads);
+            f.packed[d] = packs[d].data();
+        }
+    // What threads that share by units have in common, per direction.
+    const int64_t K = padded<Number>(e.H);
+    Scratch operands[2], cells[2];
+    Barrier barriers[2];
+    if (plan.by_units)
+        for (int d = 0; d < f.directions; ++d) {
+            operands[d] = Scratch(static_cast<size_t>(2 * e.B * K) * sizeof(ElementOf<Number>));
+            cells[d] = Scratch(static_cast<size_t>(e.B * e.H) * 4);
+        }
+    parallel(plan.threads, [&](int index, int count) {
+        NoDenormals mode;
+        int first = 0, last = f.directions;
+        if (plan.by_units && f.directions == 2 && count % 2 == 0) {
+            // Half of the threads for each direction: they meet less often.
+            count /= 2;
+            first = index / count;
+            last = first + 1;
+            index %= count;
+        }
+        for (int d = first; d < last; ++d)
+            forward_direction<Number, C>(f, d, plan, index, count, barriers[d], operands[d].as<ElementOf<Number>>(),
+                                         cells[d].as<float>());
+    });
+}
+
+// --- backward
+
+// The rows of one step on the way back. Entry i of each array is of the i-th active row; null pointers are zeros.
+template <class Number>
+struct BackRows {
+    Vector<const ElementOf<Number>*> operand;           // D of the step after, what W_hh was multiplied with
+    Vector<const float*> carry_in;                      // [H] what reaches h without a product
+    Vector<const float*> d_output, d_c_output;          // [H]
+    Vector<const float*> h, h_before, c, c_before;      // [H]
+    Vector<const float*> tape;                          // [4H]
+    Vector<const float*> d_c_in;                        // [H] lstm
+    Vector<float*> d_c_out, carry_out;                  // [H] lstm; gru
+    Vector<ElementOf<Number>*> d;                       // [columns of D] out
+
+    explicit BackRows(size_t n)
+        : operand(n), carry_in(n), d_output(n), d_c_output(n), h(n), h_before(n), c(n), c_before(n), tape(n), d_c_in(n),
+          d_c_out(n), carry_out(n), d(n) {}
+};
+
+// The gradients of a step's sums: rnn [H], lstm [4H] i f g o, gru [4H] n r z and the recurrent candidate's.
+template <Cell C>
+constexpr int d_gates() {
+    return C == Cell::lstm || C == Cell::gru ? 4 : 1;
+}
+
+UNROLLED_INLINE vf load_or_zero(const float* p, int64_t u, int n) { return p == nullptr ? splat(0) : load(p + u, n); }
+
+template <class Number, Cell C, int R>
+UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plain& panels, int64_t panel, int64_t H,
+                                      BackRows<Number>& rows, int64_t first) {
+    const vf one = splat(1.0f);
+    for (int r = 0; r < R; ++r) {
+        const int64_t i = first + r;
+        ElementOf<Number>* d = rows.d[i];
+        for (int v = 0; v < Plain::NV; ++v) {
+            const int n = panels.valid(panel, v);
+            if (n == 0) break;
+            const int64_t u = panels.column(panel, v);
+            const vf dh = sums.of[r][v] + load_or_zero(rows.carry_in[i], u, n) + load_or_zero(rows.d_output[i], u, n);
+            if constexpr (C == Cell::rnn) {
+                const vf h = load(rows.h[i] + u, n);
+                Number::store_lanes(d + u, dh * (one - h * h), n);
+            } else if constexpr (C == Cell::rnn_relu) {
+                const vf h = load(rows.h[i] + u, n);
+                Number::store_lanes(d + u, select(h > splat(0), dh, splat(0)), n);
+            } else if constexpr (C == Cell::lstm) {
+                const float* tape = rows.tape[i];
+                const vf in = load(tape + u, n), forget = load(tape + H + u, n);
+                const vf candidate = load(tape + 2 * H + u, n), out = load(tape + 3 * H + u, n);
+                const vf t = tanh(load(rows.c[i] + u, n));
+                const vf dc = load_or_zero(rows.d_c_in[i], u, n) + load_or_zero(rows.d_c_output[i], u, n) +
+                              dh * out * (one - t * t);
+                Number::store_lanes(d + u, dc * candidate * (in * (one - in)), n);
+                Number::store_lanes(d + H + u, dc * load_or_zero(rows.c_before[i], u, n) * (forget * (one - forget)), n);
+                Number::store_lanes(d + 2 * H + u, dc * in * (one - candidate * candidate), n);
+                Number::store_lanes(d + 3 * H + u, dh * t * (out * (one - out)), n);
+                store(rows.d_c_out[i] + u, dc * forget, n);
+            } else {
+                const float* tape = rows.tape[i];
+                const vf reset = load(tape + u, n), update = load(tape + H + u, n);
+                const vf candidate = load(tape + 2 * H + u, n), recurrent = load(tape + 3 * H + u, n);
+                const vf through = dh * update;
+                const vf dn = (dh - through) * (one - candidate * candidate);
+                const vf h_before = load_or_zero(rows.h_before[i], u, n);
+                Number::store_lanes(d + u, dn, n);
+                Number::store_lanes(d + H + u, dn * recurrent * (reset * (one - reset)), n);
+                Number::store_lanes(d + 2 * H + u, dh * (h_before - candidate) * (update * (one - update)), n);
+                Number::store_lanes(d + 3 * H + u, dn * reset, n);
+                store(rows.carry_out[i] + u, through, n);
+            }
+        }
+    }
+}
+
+// What the threads of one direction share on the way back: offsets in bytes.
+struct BackwardLayout {
+    int64_t d_row;                                   // elements of a row of D
+    size_t d_bytes, h_bytes, x_bytes;                // D of a piece; its right operands h before and x, packed
+    int64_t h_pass, x_pass;                          // elements of one pass of a right operand
+    size_t first_d, carry, d_cell, zero, zero_bytes, total;
+};
+
+template <class Number, Cell C>
+BackwardLayout backward_layout(const Extent& e, bool lookup) {
+    const auto round = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+    const size_t element = sizeof(ElementOf<Number>);
+    const int64_t steps = std::min(e.block, e.T), K = steps * e.B;
+    const int64_t passes = (K + summed_at_once - 1) / summed_at_once;
+    BackwardLayout l{};
+    // One spare element: an odd number of columns is read in pairs.
+    l.d_row = (d_gates<C>() * e.H + 1 + 15) / 16 * 16;
+    l.d_bytes = round(static_cast<size_t>(std::max<int64_t>(K, 1) * l.d_row) * element);
+    l.h_pass = Plain{e.H}.panels() * panel_elements<Number, Plain>(std::min(K, summed_at_once));
+    l.x_pass = lookup ? 0 : Plain{e.I}.panels() * panel_elements<Number, Plain>(std::min(K, summed_at_once));
+    l.h_bytes = round(static_cast<size_t>(passes * l.h_pass) * element);
+    l.x_bytes = round(static_cast<size_t>(passes * l.x_pass) * element);
+    l.first_d = 2 * l.d_bytes + l.h_bytes + l.x_bytes;
+    l.carry = l.first_d + round(static_cast<size_t>(e.B * l.d_row) * element);
+    l.d_cell = l.carry + round(C == Cell::gru ? static_cast<size_t>(e.B * e.H) * 4 : 0);
+    l.zero = l.d_cell + round(C == Cell::lstm ? static_cast<size_t>(e.B * e.H) * 4 : 0);
+    l.zero_bytes = round(static_cast<size_t>(std::max(l.d_row, std::max(e.I, e.H) + 16)) * 4);
+    l.total = l.zero + l.zero_bytes;
+    return l;
+}
+
+// Steps are gone through in pieces of `extent.block`. In each: D of the piece, by rows or by units; then, all threads
+// having met, every thread sums its share of the weights' rows over the piece.
+template <class Number, Cell C>
+void backward_direction(const Backward& b, int d, const Plan& plan, int index, int count, Barrier& barrier,
+                        std::byte* shared) {
+    using Element = ElementOf<Number>;
+    constexpr int G = gates(C), DG = d_gates<C>();
+    const auto [T, B, I, H, lengths, resets, block] = b.extent;
+    const int64_t stride = b.directions * H;
+    const float* const outputs = b.outputs + d * H;
+    const bool reverse = b.reverse[d];
+    const uint8_t* reset = resets[d];
+    const bool lookup = b.inputs.ids != nullptr;
+    const Vector<int64_t> rows = plan.rows_of(index, count);
+    const int64_t n = static_cast<int64_t>(rows.size());
+    const Plain hidden_panels{H}, input_panels{I};
+    const auto my_panels = [&](const Plain& panels) {
+        return plan.by_units ? share(panels.panels(), index, count) : Range{0, panels.panels()};
+    };
+    const Range hidden_range = my_panels(hidden_panels), input_range = my_panels(input_panels);
+
+    // Steps count from the first one computed: step s is at time(s).
+    const auto time = [&](int64_t s) { return reverse ? T - 1 - s : s; };
+
+    const int64_t KD = G * H;                   // what W_hh or W_ih is multiplied with
+    const int64_t hh_offset = C == Cell::gru ? H : 0;  // where W_hh's part of D begins
+    Operand<Number> input{nullptr, nullptr, 0, KD}, recurrent{nullptr, nullptr, 0, KD};
+    input.packed = lookup ? nullptr : reinterpret_cast<const Element*>(b.packed[d]);
+    recurrent.packed = reinterpret_cast<const Element*>(b.packed[d] + (lookup ? 0 : packed_bytes<Number>(input_panels, KD)));
+
+    const BackwardLayout layout = backward_layout<Number, C>(b.extent, lookup);
+    const int64_t D_row = layout.d_row;
+    Element* const D[2] = {reinterpret_cast<Element*>(shared), reinterpret_cast<Element*>(shared + layout.d_bytes)};
+    Element* const right_h = reinterpret_cast<Element*>(shared + 2 * layout.d_bytes);
+    Element* const right_x = reinterpret_cast<Element*>(shared + 2 * layout.d_bytes + layout.h_bytes);
+    Element* const first_d = reinterpret_cast<Element*>(shared + layout.first_d);
+    float* const carry = reinterpret_cast<float*>(shared + layout.carry);
+    float* const d_cell = reinterpret_cast<float*>(shared + layout.d_cell);
+    const Element* const zero = reinterpret_cast<const Element*>(shared + layout.zero);
+
+    // Where row `row` of step t stands in its piece: the piece's steps in the order of time, rows by number.
+    const auto piece_of = [&](int64_t t) { return (reverse ? T - 1 - t : t) / block; };
+    struct Place {
+        int64_t t, row;
+    };
+    Vector<Place> places;                      // of the piece in hand
+    Vector<int64_t> slots[2];                  // [steps][B] -> place, for two pieces in turn
+    const auto list_places = [&](int64_t piece) {
+        const int64_t s0 = piece * block, s1 = std::min(s0 + block, T);
+        const int64_t t0 = std::min(time(s0), time(s1 - 1));
+        Vector<int64_t>& slot = slots[piece & 1];
+        slot.assign(static_cast<size_t>((s1 - s0) * B), -1);
+        places.clear();
+        for (int64_t t = t0; t < t0 + (s1 - s0); ++t)
+            for (int64_t row = 0; row < B; ++row)
+                if (t < plan.length(row)) {
+                    slot[static_cast<size_t>((t - t0) * B + row)] = static_cast<int64_t>(places.size());
+                    places.push_back({t, row});
+                }
+        return t0;
+    };
+    int64_t piece_start[2] = {0, 0};
+    const auto d_of = [&](int64_t t, int64_t row) {
+        const int64_t piece = piece_of(t);
+        const int64_t slot = slots[piece & 1][static_cast<size_t>((t - piece_start[piece & 1]) * B + row)];
+        return D[piece & 1] + slot * D_row;
+    };
+    const auto active_at = [&](int64_t t, int64_t row) { return t >= 0 && t < plan.length(row); };
+    const auto is_reset = [&](int64_t t, int64_t row) { return reset != nullptr && reset[t * B + row] != 0; };
+    const auto h_before_of = [&](int64_t t, int64_t row) -> const float* {
+        const int64_t before = reverse ? t + 1 : t - 1;
+        if (is_reset(t, row)) return nullptr;
+        return active_at(before, row) ? outputs + (before * B + row) * stride : b.h0[d] + row * H;
+    };
+
+    // The share of the weights' rows: rows of W are columns of D, cut where D's order differs from W's.
+    const Range columns = share(DG * H, index, count);
+    Vector<const Element*> left;
+    Vector<float*> x_to;
+    Scratch buffer(static_cast<size_t>(summed_at_once * left_columns) * sizeof(Element));
+
+    BackRows<Number> step(static_cast<size_t>(n));
+    const int64_t pieces = (T + block - 1) / block;
+    for (int64_t piece = pieces - 1; piece >= 0; --piece) {
+        const int64_t s0 = piece * block, s1 = std::min(s0 + block, T);
+        piece_start[piece & 1] = list_places(piece);
+        const int64_t K = static_cast<int64_t>(places.size());
+
+        // Packed now, since it needs nothing of this piece's D.
+        const Element* const zero_row = zero;
+        if (b.d_hh[d] != nullptr)
+            pack_right<Number>(H, K, [&](int64_t k) {
+                const float* h = h_before_of(places[k].t, places[k].row);
+                return h != nullptr ? h : reinterpret_cast<const float*>(zero_row);
+            }, right_h, layout.h_pass, index, count);
+        if (b.d_ih[d] != nullptr && !lookup)
+            pack_right<Number>(I, K, [&](int64_t k) {
+                return b.inputs.x + places[k].t * b.inputs.step + places[k].row * b.inputs.row;
+            }, right_x, layout.x_pass, index, count);
+
+        for (int64_t s = s1 - 1; s >= s0; --s) {
+            const int64_t t = time(s), after = reverse ? t - 1 : t + 1;
+            const int64_t m = plan.active(rows, t);
+            for (int64_t i = 0; i < m; ++i) {
+                const int64_t row = rows[i], at = t * B + row;
+                const bool last = !active_at(after, row);
+                const bool cut = !last && is_reset(after, row);
+                step.operand[i] = last || cut ? zero : d_of(after, row) + hh_offset;
+                step.carry_in[i] = last ? (b.d_h_n[d] ? b.d_h_n[d] + row * H : nullptr)
+                                   : C == Cell::gru && !cut ? carry + row * H
+                                                            : nullptr;
+                step.d_output[i] = b.d_outputs ? b.d_outputs + t * b.d_step + row * b.d_row + d * H : nullptr;
+                step.h[i] = outputs + at * stride;
+                step.h_before[i] = h_before_of(t, row);
+                step.d[i] = d_of(t, row);
+                if constexpr (C == Cell::gru) step.carry_out[i] = carry + row * H;
+                if constexpr (C == Cell::lstm || C == Cell::gru) step.tape[i] = b.tape[d] + at * tape_gates(C) * H;
+                if constexpr (C == Cell::lstm) {
+                    const int64_t before = reverse ? t + 1 : t - 1;
+                    step.c[i] = b.c[d] + at * H;
+                    step.c_before[i] = is_reset(t, row)         ? nullptr
+                                       : active_at(before, row) ? b.c[d] + (before * B + row) * H
+                                                                : b.c0[d] + row * H;
+                    step.d_c_output[i] = b.d_c[d] ? b.d_c[d] + at * H : nullptr;
+                    step.d_c_in[i] = last  ? (b.d_c_n[d] ? b.d_c_n[d] + row * H : nullptr)
+                                     : cut ? nullptr
+                                           : d_cell + row * H;
+                    step.d_c_out[i] = d_cell + row * H;
+                }
+            }
+            for (int64_t q = hidden_range.first; q < hidden_range.last; ++q) {
+                const int64_t p = (s & 1) ? hidden_range.first + hidden_range.last - 1 - q : q;
+                each_tile<max_rows(Plain::NV)>(m, [&](auto tile_rows, int64_t first) UNROLLED_LAMBDA_INLINE {
+                    constexpr int R = decltype(tile_rows)::value;
+                    Sums<R, Plain::NV> sums;
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                        for (int v = 0; v < Plain::NV; ++v) sums.of[r][v] = splat(0);
+                    multiply_panel<Number, R>(sums, hidden_panels, p, recurrent, step.operand.data() + first);
+                    finish_back_tile<Number, C, R>(sums, hidden_panels, p, H, step, first);
+                });
+            }
+            if (plan.by_units) barrier.wait(count);
+            // The first computed step's D outlives its piece: d(h0) comes from it.
+            if (!plan.by_units || index == 0)
+                for (int64_t i = 0; i < m; ++i) {
+                    const int64_t before = reverse ? t + 1 : t - 1;
+                    if (!active_at(before, rows[i]))
+                        std::memcpy(first_d + rows[i] * D_row, step.d[i], static_cast<size_t>(D_row) * sizeof(Element));
+                }
+        }
+        barrier.wait(count);
+
+        if (b.d_x != nullptr) {
+            left.clear();
+            x_to.clear();
+            for (int64_t s = s0; s < s1; ++s) {
+                const int64_t t = time(s);
+                for (int64_t i = 0, m = plan.active(rows, t); i < m; ++i) {
+                    left.push_back(d_of(t, rows[i]));
+                    x_to.push_back(b.d_x + (t * B + rows[i]) * I);
+                }
+            }
+            product<Number>(input_panels, input_range, input, nullptr, left.data(), x_to.data(),
+                            static_cast<int64_t>(left.size()), d > 0);
+        }
+
+        left.resize(static_cast<size_t>(K));
+        for (int64_t k = 0; k < K; ++k) left[k] = D[piece & 1] + k * D_row;
+        const auto sum_weight = [&](int64_t from, int64_t to, int64_t shift, const Element* right, int64_t pass,
+                                    int64_t N, float* into) {
+            from = std::max(from, columns.first);
+            to = std::min(to, columns.last);
+            if (from < to) product_over_steps<Number>(left.data(), K, from, to, right, pass, N, into, shift, buffer.as<Element>());
+        };
+        const auto sum_bias = [&](int64_t from, int64_t to, int64_t shift, float* into) {
+            from = std::max(from, columns.first);
+            to = std::min(to, columns.last);
+            for (int64_t m = from; m < to; m += L) {
+                const int lanes = static_cast<int>(std::min<int64_t>(L, to - m));
+                vf sum = splat(0);
+                for (int64_t k = 0; k < K; ++k) sum += Number::load_lanes(left[k] + m, lanes);
+                store(into + m + shift, load(into + m + shift, lanes) + sum, lanes);
+            }
+        };
+        const auto sum_table = [&](int64_t from, int64_t to, int64_t shift) {
+            from = std::max(from, columns.first);
+            to = std::min(to, columns.last);
+            for (int64_t k = 0; k < K && from < to; ++k) {
+                float* into = b.d_table[d] + b.inputs.ids[places[k].t * B + places[k].row] * G * H + shift;
+                for (int64_t m = from; m < to; m += L) {
+                    const int lanes = static_cast<int>(std::min<int64_t>(L, to - m));
+                    store(into + m, load(into + m, lanes) + Number::load_lanes(left[k] + m, lanes), lanes);
+                }
+            }
+        };
+        constexpr bool gru = C == Cell::gru;
+        // Of D's columns: W_ih's rows [0, G*H) or, for the gru, n then r z; W_hh's are those from hh_offset on.
+        if (b.d_hh[d]) sum_weight(hh_offset, hh_offset + KD, -hh_offset, right_h, layout.h_pass, H, b.d_hh[d]);
+        if (b.d_bias_hh[d]) sum_bias(hh_offset, hh_offset + KD, -hh_offset, b.d_bias_hh[d]);
+        for (int part = 0; part < (gru ? 2 : 1); ++part) {
+            const int64_t from = part * H, to = gru ? (part == 0 ? H : 3 * H) : KD;
+            const int64_t shift = gru ? (part == 0 ? 2 * H : -H) : 0;
+            if (b.d_ih[d] && !lookup) sum_weight(from, to, shift, right_x, layout.x_pass, I, b.d_ih[d]);
+            if (b.d_bias_ih[d] && !lookup) sum_bias(from, to, shift, b.d_bias_ih[d]);
+            if (b.d_table[d] && lookup) sum_table(from, to, shift);
+        }
+        barrier.wait(count);
+    }
+
+    // What reaches the initial states.
+    Vector<const Element*> operand(static_cast<size_t>(n));
+    Vector<float*> to(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t row = rows[i], length = plan.length(row);
+        const bool cut = length > 0 && is_reset(reverse ? length - 1 : 0, row);
+        operand[i] = length == 0 || cut ? zero : first_d + row * D_row + hh_offset;
+        to[i] = b.d_h0[d] + row * H;
+        const float* direct = length == 0 ? (b.d_h_n[d] ? b.d_h_n[d] + row * H : nullptr)
+                              : C == Cell::gru && !cut ? carry + row * H
+                                                       : nullptr;
+        const float* cell = length == 0 ? (b.d_c_n[d] ? b.d_c_n[d] + row * H : nullptr) : cut ? nullptr : d_cell + row * H;
+        for (int64_t p = hidden_range.first; p < hidden_range.last; ++p)
+            for (int v = 0; v < Plain::NV; ++v) {
+                const int lanes = hidden_panels.valid(p, v);
+                if (lanes == 0) break;
+                const int64_t u = hidden_panels.column(p, v);
+                store(to[i] + u, load_or_zero(direct, u, lanes), lanes);
+                if constexpr (C == Cell::lstm) store(b.d_c0[d] + row * H + u, load_or_zero(cell, u, lanes), lanes);
+            }
+    }
+    product<Number>(hidden_panels, hidden_range, recurrent, nullptr, operand.data(), to.data(), n, true);
+}
+
+template <class Number, Cell C>
+void backward_layer(const Backward& given, int threads) {
+    Backward b = given;
+    const Extent& e = b.extent;
+    const bool lookup = b.inputs.ids != nullptr;
+    const Plan plan = make_plan(e, C, 3 * b.directions, threads);
+    Scratch packs[2], shared[2];
+    const BackwardLayout layout = backward_layout<Number, C>(e, lookup);
+    for (int d = 0; d < b.directions; ++d) {
+        const int64_t I = lookup ? 0 : e.I;
+        if (b.packed[d] == nullptr) {
+            packs[d] = Scratch(packed_size_of<Number, C>(true, I, e.H));
+            pack_weights<Number, C>(true, I, e.H, b.weights[d], packs[d].data(), plan.threads);
+            b.packed[d] = packs[d].data();
+        }
+        shared[d] = Scratch(layout.total);
+        std::memset(shared[d].data() + layout.zero, 0, layout.zero_bytes);
+        // The spare elements at the end of D's rows.
+        const int64_t columns = d_gates<C>() * e.H;
+        for (int64_t k = 0; k < std::min(e.block, e.T) * e.B; ++k)
+            for (const size_t base : {size_t{0}, layout.d_bytes}) {
+                auto* row = shared[d].template as<ElementOf<Number>>(base) + k * layout.d_row;
+                std::fill(row + columns, row + layout.d_row, ElementOf<Number>{});
+            }
+    }
+    Barrier barrier;
+    parallel(plan.threads, [&](int index, int count) {
+        NoDenormals mode;
+        if (b.d_x != nullptr && e.lengths != nullptr) {
+            const Range rows = share(e.B, index, count);
+            for (int64_t row = rows.first; row < rows.last; ++row)
+                for (int64_t t = plan.length(row); t < e.T; ++t)
+                    std::memset(b.d_x + (t * e.B + row) * e.I, 0, static_cast<size_t>(e.I) * 4);
+        }
+        for (int d = 0; d < b.directions; ++d)
+            backward_direction<Number, C>(b, d, plan, index, count, barrier, shared[d].data());
+    });
+}
+
+}  // namespace
+}  // namespace unrolled::UNROLLED_ISA
