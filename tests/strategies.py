@@ -7,6 +7,7 @@ States are nonzero with h != c, lengths ragged with empty rows, T and B may be 0
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unrolled import cells
-from unrolled.cells import BoundCell, GatedCell
+from unrolled.cells import BoundCell, GatedCell, Lookup
 from unrolled.errors import UnrolledError
 from unrolled.unroll import Unrolled, unroll
 
@@ -158,6 +159,42 @@ def cases(
     )
 
 
+WIDE = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 47, 64, 65)
+"""Sizes at the kernels' edges: a vector has 4, 8 or 16 numbers, a panel of columns up to 64."""
+
+
+@st.composite
+def wide_cases(draw: st.DrawFn, *, cell: str | None = None, least_steps: int = 1, least_batch: int = 1) -> Case:
+    """Cases for the kernels: widths around theirs, rows for several of their tiles (of up to 8), and for more than the
+    256 rows of a block."""
+    steps, batch = draw(
+        st.tuples(st.integers(least_steps, 6), st.integers(least_batch, 9))
+        | st.sampled_from([(1, 17), (2, 25), (3, 13), (9, 4), (9, 33), (12, 25), (33, 2), (40, 9)])
+    )
+    return Case(
+        cell=draw(st.sampled_from(sorted(CELLS))) if cell is None else cell,
+        steps=steps,
+        batch=batch,
+        inputs=draw(st.sampled_from(WIDE)),
+        hidden=draw(st.sampled_from(WIDE)),
+        bias=draw(st.booleans()),
+        reverse=draw(st.booleans()),
+        lengths=draw(st.none() | ragged(steps, batch)),
+        reset=draw(st.none() | marks(steps, batch)),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+@st.composite
+def lookups(draw: st.DrawFn, case: Case) -> Lookup:
+    """Inputs of a case by number: one-hot, or rows of a float64 table of fewer or more rows than there are steps."""
+    symbols = draw(st.sampled_from([None, 1, 3, 40]))
+    count = case.inputs if symbols is None else symbols
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{case.seed} ids".encode()))
+    ids = torch.randint(count, (case.steps, case.batch), generator=generator)
+    return Lookup(ids, None if symbols is None else random(case.seed, "table", count, case.inputs))
+
+
 CORNERS = {
     "no steps": {"steps": 0, "batch": 2},
     "no rows": {"steps": 3, "batch": 0},
@@ -232,13 +269,14 @@ class LayerCase:
 
 
 @st.composite
-def layer_cases(draw: st.DrawFn) -> LayerCase:
-    steps, batch = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+def layer_cases(draw: st.DrawFn, *, wide: bool = False) -> LayerCase:
+    """wide: with sizes at the kernels' edges, see `WIDE`."""
+    steps, batch = draw(st.integers(1, 4 if wide else 5)), draw(st.integers(1, 17 if wide else 4))
     return LayerCase(
         mode=draw(st.sampled_from(["RNN_TANH", "RNN_RELU", "LSTM", "GRU"])),
-        inputs=draw(st.integers(1, 4)),
-        hidden=draw(st.sampled_from([1, 2, 5])),
-        layers=draw(st.integers(1, 3)),
+        inputs=draw(st.sampled_from(WIDE) if wide else st.integers(1, 4)),
+        hidden=draw(st.sampled_from(WIDE if wide else [1, 2, 5])),
+        layers=draw(st.integers(1, 2 if wide else 3)),
         bias=draw(st.booleans()),
         bidirectional=draw(st.booleans()),
         steps=steps,
@@ -281,7 +319,7 @@ def gradients(results: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed:
 
 
 def results_of(run: Unrolled) -> dict[str, Tensor]:
-    return {"outputs": run.outputs, **named("state", run.state), **named("states", run.states)}
+    return {**named("outputs", run.outputs), **named("state", run.state), **named("states", run.states)}
 
 
 def run_case(
@@ -289,22 +327,32 @@ def run_case(
     backend: str,
     dtype: torch.dtype = torch.float64,
     *,
-    inputs: Tensor | None = None,
+    inputs: Tensor | Lookup | None = None,
     runner: Callable[..., Unrolled] = unroll,
     only: Iterable[str] | None = None,
+    autocast: torch.dtype | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Every result of a case and every gradient: of inputs, initial state and weights.
+    """Every result of a case and every gradient: of inputs (or their table), initial state and weights.
 
     inputs: in place of the case's own. only: the results (`"outputs"`, `"state.c"`, ...) that the loss is made of.
+    autocast: the dtype to run under; the results are then made float32, in which the loss is computed.
     """
     cell = case.build(dtype)
-    x = leaf(case.sequence(dtype) if inputs is None else inputs)
     state = type(case.state())(*(leaf(t) for t in case.state(dtype)))
-    run = runner(cell, x, state, **{**case.options(), "all_states": True, "backend": backend, **options})
+    if isinstance(inputs, Lookup):
+        x: Any = Lookup(inputs.ids, None if inputs.table is None else leaf(inputs.table.to(dtype)))
+        leaves = {} if x.table is None else {"table": x.table}
+    else:
+        x = leaf(case.sequence(dtype) if inputs is None else inputs)
+        leaves = {"inputs": x}
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        run = runner(cell, x, state, **{**case.options(), "all_states": True, "backend": backend, **options})
     results = results_of(run)
+    if autocast is not None:
+        results = {name: t.float() for name, t in results.items()}
     summed = results if only is None else {name: results[name] for name in only if name in results}
-    leaves = {"inputs": x, **named("initial", state), **dict(cell.named_parameters())}
+    leaves = {**leaves, **named("initial", state), **dict(cell.named_parameters())}
     return {**{name: t.detach() for name, t in results.items()}, **gradients(summed, leaves, case.seed)}
 
 
@@ -326,6 +374,34 @@ def agree(
             error = float((a.detach().double() - e.detach().double()).abs().max())
             allowed = tolerance * max(1.0, float(e.detach().abs().max()))
             assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}: {a} and {e}"
+
+
+def summands(steps: int, batch: int, inputs: int, hidden: int, gates: int, name: str) -> int:
+    """How many rounded terms go into one number: those of a row's products over all steps, and for a gradient of a
+    weight or a table those of all rows."""
+    row = steps * (gates * hidden + inputs)
+    return row * batch if name.startswith("d ") and ("weight" in name or "bias" in name or "table" in name) else row
+
+
+def as_exact_as(
+    fast: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    terms: Callable[[str], int],
+    names: Iterable[str] | None = None,
+) -> None:
+    """Law 6 in float32: assert that the error of `fast` against the float64 numbers `exact` is at most twice that of
+    `plain`, and 4 ulp x sqrt(summands) of the largest number. terms: how many summands a tensor's numbers have."""
+    ulp = torch.finfo(torch.float32).eps
+    assert list(fast) == list(plain) == list(exact)
+    for name in exact if names is None else names:
+        expected = exact[name].detach()
+        assert fast[name].dtype == torch.float32
+        assert fast[name].shape == expected.shape
+        if expected.numel():
+            error, usual = (float((run[name].detach().double() - expected).abs().max()) for run in (fast, plain))
+            allowed = 2 * usual + 4 * ulp * math.sqrt(terms(name)) * float(expected.abs().max())
+            assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
 
 
 def refused(error: type[UnrolledError], message: str) -> Any:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from samples import ENGLISH, KOREAN, small_model
 from torch import Tensor
 
-from unrolled.decoding import Sampling, _limit, generate, next_distribution
-from unrolled.errors import ConfigError, DataError
+from unrolled import native
+from unrolled.decoding import Sampling, _limit, choose, generate, next_distribution
+from unrolled.errors import ConfigError, DataError, ModelError
 from unrolled.model import Model
 from unrolled.vocabulary import UNITS
 
@@ -164,7 +165,7 @@ def symbols_by_hand(model: Model, prompt: str, count: int, sampling: Sampling, s
         row = scores[-1, 0].detach()
         row[0] = -torch.inf
         p = next_distribution(row.float(), sampling, deque(ids[-sampling.repetition_window :]))
-        ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        ids.append(choose(p, float(torch.rand(1, dtype=torch.float64, generator=generator))))
     return ids[start:]
 
 
@@ -364,9 +365,8 @@ def test_a_prompts_last_syllable_is_closed(prompt: str, seed: int, temperature: 
             for symbol in range(len(model.vocabulary)):
                 if not model.vocabulary.decode([*written, symbol]).startswith(prompt):
                     row[symbol] = -torch.inf
-        written.append(
-            int(torch.multinomial(next_distribution(row, Sampling(temperature=temperature)), 1, generator=generator))
-        )
+        p = next_distribution(row, Sampling(temperature=temperature))
+        written.append(choose(p, float(torch.rand(1, dtype=torch.float64, generator=generator))))
     assert model.vocabulary.decode(written)[: len(prompt) + 8] == prompt + text
 
 
@@ -470,3 +470,41 @@ def test_english_too() -> None:
     text = write(model, "The cat ", length=30, seed=1)
     assert len(text) == 30
     assert set(text) <= set(ENGLISH)
+
+
+# Without Python between the symbols.
+
+
+@pytest.mark.skipif(native.why_absent() is not None, reason="the native kernels are not there")
+@every_unit
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 4},
+        {"top_p": 0.6, "repetition_penalty": 1.4, "repetition_window": 3},
+        {"temperature": 2.0, "repetition_penalty": 0.8},
+    ],
+)
+def test_the_kernels_write_what_the_reference_writes(cell: str, unit: str, settings: dict[str, Any]) -> None:
+    # Float32 scores differ in their last digits; a random number within them of a border would be one in a million.
+    texts = []
+    for backend in ("reference", "native"):
+        model = small_model(unit, dtype=torch.float32, cell=cell, layers=2, hidden=24, backend=backend)
+        texts.append(write(model, PROMPT, length=150, seed=7, **settings))
+        assert (model.hold_still() is None) == (backend == "reference")
+    assert texts[0] == texts[1]
+
+
+# What cannot be written.
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_not_finite_are_refused(backend: str, temperature: float) -> None:
+    model = small_model(dtype=torch.float32, backend=backend)
+    with torch.no_grad():
+        model.writer.bias[2] = torch.nan
+    with pytest.raises(ModelError, match="^the model's scores are not finite: its weights or its state hold NaN"):
+        next(generate(model, PROMPT, temperature=temperature))

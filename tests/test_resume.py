@@ -303,6 +303,8 @@ SWEEP = """
         replaced += 1
         config = out / "config.yaml"
         if not config.exists():             # a folder without a model: a new training needs no force
+            left = [path.name for path in out.rglob("*") if path.is_file() and not path.name.startswith(".tmp")]
+            assert set(left) <= {"vocabulary.json"}, f"killed at change {replaced}, left of the earlier model: {left}"
             forked(out, **settings)
         elif replaced % 2 and "seed: 5" not in config.read_text():
             forked(out, resume=True, steps=settings["steps"])

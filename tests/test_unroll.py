@@ -662,7 +662,7 @@ IDS = torch.zeros(3, 2, dtype=torch.int64)
     "error, message, inputs, options",
     [
         (ConfigError, "unknown backend 'tap': did you mean 'tape'?", X, {"backend": "tap"}),
-        (ConfigError, "unknown backend 'zz': known: auto, reference, tape", X, {"backend": "zz"}),
+        (ConfigError, "unknown backend 'zz': known: auto, native, reference, tape", X, {"backend": "zz"}),
         (ConfigError, "window: expected at least 1 step, got 0", X, {"window": 0}),
         (ConfigError, "window: expected at least 1 step, got -2", X, {"window": -2}),
         (ShapeError, "inputs: expected [T, B, I=4], got [3, 4]", X[:, 0], {}),

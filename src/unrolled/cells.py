@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 __all__ = [
+    "EQUATIONS",
     "GRU",
     "LSTM",
     "RNN",
@@ -365,6 +366,10 @@ class GRU(GatedCell):
     """
 
     equation = Equation("gru", 3, HiddenState, _gru)
+
+
+EQUATIONS = {cell.equation.name: cell.equation for cell in (RNN, ReluRNN, LSTM, GRU)}
+"""The built-in equations by name."""
 
 
 # ------------------------------------------------------------------------------------------ initialisation

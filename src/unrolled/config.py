@@ -196,9 +196,15 @@ class TrainingConfig(_Section):
         description="Start of all random numbers: the same seed on the same machine gives the same model.",
     )
     log_every: int = Field(10, ge=1, description="Updates between two lines in metrics.jsonl.")
-    backend: Literal["auto", "reference", "tape"] = Field(
+    backend: Literal["auto", "reference", "tape", "native"] = Field(
         "auto",
-        description="How the core runs: reference is the plain loop, tape the fast one; auto: the fastest that can.",
+        description="How the core runs: reference is the plain loop, tape and native are the fast ones; auto: the "
+        "fastest that can.",
+    )
+    tape_budget: _Count | None = Field(
+        None,
+        description="Bytes the core may keep for going back, computing the rest anew, to the same bits; null: no "
+        "bound.",
     )
     init_from: _Path | None = Field(
         None, description="Model folder whose weights training starts from; null: fresh ones."
@@ -380,6 +386,11 @@ def _contradictions(config: Config) -> Iterable[str]:
                 f"training.stride: expected at most training.window ({training.window}), else steps are skipped, got "
                 f"{training.stride}"
             )
+    if training.tape_budget is not None and training.backend == "reference":
+        yield (
+            f"training.tape_budget: backend reference keeps all that autograd does: expected null, or training.backend "
+            f"auto or tape, got {training.tape_budget}"
+        )
     if core.bidirectional and config.output.kind == "next":
         yield (
             "core.bidirectional: a language model reads left to right: one that sees what comes next has nothing to "

@@ -9,19 +9,21 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from unrolled.errors import ConfigError, DataError
+from unrolled.errors import ConfigError, DataError, ModelError
 from unrolled.model import Model
 from unrolled.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Sampling", "generate", "next_distribution"]
+    from unrolled.native import Writer
+
+__all__ = ["Sampling", "choose", "generate", "next_distribution"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Sampling:
                 raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
+_NOT_FINITE = "the model's scores are not finite: its weights or its state hold NaN or infinity; train it anew"
+
+
 def next_distribution(
     scores: Float[Tensor, "V"], sampling: Sampling, written: deque[int] | None = None
 ) -> Float[Tensor, "V"]:
@@ -68,8 +73,13 @@ def next_distribution(
     Args:
         scores: the model's scores; -inf for a symbol that must not be written.
         written: the symbols to penalise.
+
+    Raises:
+        ModelError: a score is NaN or infinite, or all symbols are ruled out.
     """
     scores = scores.double().clone()
+    if not bool((scores < torch.inf).all()) or bool((scores == -torch.inf).all()):
+        raise ModelError(_NOT_FINITE)
     if sampling.repetition_penalty != 1 and written:
         seen = torch.tensor(sorted(set(written)))
         old = scores[seen]
@@ -80,8 +90,7 @@ def next_distribution(
         return only
     p = torch.softmax(scores / sampling.temperature, dim=0)
     if sampling.top_k is not None and sampling.top_k < p.numel():
-        dropped = p.topk(p.numel() - sampling.top_k, largest=False).indices
-        p[dropped] = 0
+        p[p.sort(descending=True, stable=True).indices[sampling.top_k :]] = 0  # of equal ones the first stay
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = p.sort(descending=True, stable=True)
         # A symbol goes if those before it reach top_p already, so at least one always stays.
@@ -105,6 +114,8 @@ def generate(
 ) -> Iterator[str]:
     """Text that the model writes after the prompt, piece by piece as it is made; `"".join` gives the whole.
 
+    It is written with the weights that the model has when the first piece is asked for.
+
     Args:
         prompt: what comes before; it is not repeated in the output. An empty prompt stands for a line break, if
             the model knows one: something has to be read before anything can be predicted.
@@ -116,6 +127,7 @@ def generate(
     Raises:
         ConfigError: a setting out of range.
         DataError: the prompt has symbols that the vocabulary lacks (all of them are named).
+        ModelError: while writing, if the model's scores are not finite.
     """
     sampling = Sampling(repetition_penalty, repetition_window, temperature, top_k, top_p)
     if length < 0:
@@ -144,32 +156,100 @@ def _show(unit: str) -> str:
     return f"{unit!r} (U+{ord(unit):04X})" if len(unit) == 1 else repr(unit)
 
 
-@torch.inference_mode()  # torch enters and leaves it around every piece, so the caller's own mode stays as it was
-def _write(model: Model, ids: Tensor, sampling: Sampling, seed: int | None) -> Iterator[str]:
-    """The endless text: one decided piece per symbol, empty while nothing is decided yet."""
+def choose(p: Float[Tensor, "V"], uniform: float) -> int:
+    """The symbol that a random number in [0, 1) stands for: the first at which the summed probabilities exceed it."""
+    reached = p.cumsum(0)
+    choice = int(torch.searchsorted(reached, uniform * reached[-1], right=True))
+    return choice if choice < p.numel() else int(p.nonzero()[-1])  # rounding: 0.99... may come out as all of it
+
+
+_AHEAD = 64  # symbols whose random numbers are drawn at once
+
+
+def _uniforms(seed: int | None) -> Iterator[Tensor]:
+    """Random numbers in [0, 1), float64, by the `_AHEAD`: the same ones on every path."""
     random = torch.Generator()
     if seed is None:
         random.seed()
     else:
         random.manual_seed(seed)
+    while True:
+        yield torch.rand(_AHEAD, dtype=torch.float64, generator=random)
+
+
+@torch.inference_mode()  # torch enters and leaves it around every piece, so the caller's own mode stays as it was
+def _write(model: Model, ids: Tensor, sampling: Sampling, seed: int | None) -> Iterator[str]:
+    """The endless text: one decided piece per symbol, empty while nothing is decided yet."""
     written: deque[int] = deque(ids.tolist(), maxlen=sampling.repetition_window)
     decoder = model.vocabulary.decoder()
     device = model.writer.weight.device
     with _evaluating(model):
         state = model.begin(ids[:-1, None].to(device)) if len(ids) > 1 else model.begin()
+        writer = model.hold_still()
     last = ids[-1:].to(device)
     barred = [model.vocabulary.unknown, *_joining(model.vocabulary, ids)]
-    while True:
-        with _evaluating(model):
-            scores, state = model.step(last, state)
-        row = scores[0].float().cpu()
-        row[barred] = -torch.inf
-        p = next_distribution(row, sampling, written)
-        choice = int(torch.multinomial(p, 1, generator=random))
-        written.append(choice)
-        last = torch.tensor([choice], device=device)
-        barred = [model.vocabulary.unknown]
-        yield decoder.feed(choice)
+    if writer is not None:
+        for choice in _write_natively(writer, int(last), state, len(model.vocabulary), barred, written, sampling, seed):
+            yield decoder.feed(choice)
+    for uniforms in _uniforms(seed):
+        for uniform in uniforms.tolist():
+            with _evaluating(model):
+                scores, state = model.step(last, state)
+            row = scores[0].float().cpu()
+            row[barred] = -torch.inf
+            choice = choose(next_distribution(row, sampling, written), uniform)
+            written.append(choice)
+            last = torch.tensor([choice], device=device)
+            barred = [model.vocabulary.unknown]
+            yield decoder.feed(choice)
+
+
+def _write_natively(
+    writer: Writer,
+    last: int,
+    state: Any,
+    symbols: int,
+    barred: list[int],
+    written: deque[int],
+    sampling: Sampling,
+    seed: int | None,
+) -> Iterator[int]:
+    """The same endless choice, some symbols at a time, without Python between them.
+
+    barred: for the first symbol; its first entry for all others too.
+    """
+    h = torch.cat([cell.h for cell in state.cells]).float()
+    c = torch.cat([cell.c for cell in state.cells]).float() if hasattr(state.cells[0], "c") else None
+    never, at_first = (torch.zeros(symbols, dtype=torch.bool) for _ in range(2))
+    never[barred[0]] = True
+    at_first[barred] = True
+    recent = torch.zeros(sampling.repetition_window, dtype=torch.int64)
+    recent[: len(written)] = torch.tensor(list(written))
+    count = torch.tensor([len(written)])
+    first = True
+    for uniforms in _uniforms(seed):
+        # The text appears as it is made: little at first, so that nobody waits for the first letters.
+        size = 8 if first else 32
+        for piece in (uniforms[i : i + size] for i in range(0, len(uniforms), size)):
+            chosen = writer.write(
+                last,
+                h,
+                c,
+                piece,
+                recent,
+                count,
+                barred=never,
+                barred_first=at_first if first else None,
+                repetition_penalty=sampling.repetition_penalty,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k or 0,
+                top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            ).tolist()
+            first = False
+            last = chosen[-1]
+            if last < 0:
+                raise ModelError(_NOT_FINITE)
+            yield from chosen
 
 
 @contextmanager

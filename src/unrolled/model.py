@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from unrolled import fused, native
 from unrolled.cells import map_state
 from unrolled.config import Config
 from unrolled.errors import ConfigError
@@ -73,13 +75,17 @@ class Model(nn.Module):
             forget_bias=core.forget_bias,
             chrono=core.chrono,
             backend=config.training.backend,
+            tape_budget=config.training.tape_budget,
         )
         if config.output.tied and self.reader.table is None:
             raise ConfigError(
                 f"output.tied: one-hot input has no embedding to share: set input.embedding={core.hidden}"
             )
         self.writer = NextWriter(
-            self.core.output_size, len(vocabulary), self.reader.table if config.output.tied else None
+            self.core.output_size,
+            len(vocabulary),
+            self.reader.table if config.output.tied else None,
+            backend=config.training.backend,
         )
 
     @property
@@ -104,6 +110,21 @@ class Model(nn.Module):
         """Read one symbol per row: the scores of the symbol to come next, and the next state."""
         hidden, state = self.core.step(self.reader(ids), state)
         return self.writer(hidden), state
+
+    def hold_still(self) -> native.Writer | None:
+        """This model with its weights as they are now, ready to write without Python between the symbols; None where
+        the native kernels cannot."""
+        layers = self.core.native_layers()
+        if layers is None or native.unsuited(self.writer.weight) is not None:
+            return None
+        return native.Writer(
+            layers[0].equation.name,
+            fused.contributions(layers[0], self.reader.table),
+            [cell.weights for cell in layers],
+            self.writer.weight,
+            self.writer.bias,
+            bf16=torch.is_autocast_enabled("cpu"),
+        )
 
     def forward(
         self,

@@ -7,8 +7,9 @@ This module needs torch and numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,27 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unrolled import cells as _cells
+from unrolled import fused, native
 from unrolled.cells import BoundCell, Equation, GatedCell, Lookup, State, Weights, build_cell, initialise, map_state
 from unrolled.errors import ConfigError, ModelError, ShapeError, expect_shape
-from unrolled.unroll import Unrolled, real_resets, unroll, valid_steps
+from unrolled.unroll import (
+    Unrolled,
+    choose_backend,
+    divide_tape_budget,
+    expect_fit,
+    real_lengths,
+    real_resets,
+    unroll,
+    valid_steps,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["GRU", "LSTM", "RNN", "Core", "CoreState", "dropout_steps"]
+__all__ = ["GRU", "LSTM", "RNN", "Core", "CoreState", "dropout_steps", "freeze", "replace"]
+
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 # ---------------------------------------------------------------------------------------- layers in a stack
@@ -65,43 +79,89 @@ def _run_stack(
     locked: bool,
     training: bool,
     backend: str,
-) -> tuple[Tensor, list[Any], list[Any]]:
+    outputs: bool = True,
+    tape_budget: int | None = None,
+) -> tuple[Any, list[Any], list[Any]]:
     """`layers[k][d]` is the cell of layer k, direction d (1: reverse); the directions' outputs are joined.
+
+    outputs: whether those of the last layer are wanted. tape_budget: see `divide_tape_budget`.
 
     `reset` marks the first step of a document. Read backwards a document begins at its last step, so the reverse
     direction is cleared one step before the mark: no state crosses a border either way.
     """
+    grid = inputs.ids if isinstance(inputs, Lookup) else inputs
+    steps, batch = grid.shape[:2]
+    lengths = real_lengths(lengths, steps, batch)
     backwards = None
     if reset is not None:
         # A mark in the padding after a row's last step must not clear that step when it is read backwards.
-        grid = inputs.ids if isinstance(inputs, Lookup) else inputs
-        steps, batch = grid.shape[:2]
-        reset = real_resets(reset, valid_steps(lengths, steps, batch, grid.device), steps, batch)
+        reset = real_resets(reset, valid_steps(lengths, steps, grid.device), steps, batch)
         backwards = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+    budgets = divide_tape_budget(
+        tape_budget,
+        layers,
+        inputs,
+        ragged=lengths is not None,
+        marked=reset is not None,
+        outputs=outputs,
+        all_states=all_states,
+        backend=backend,
+    )
     x: Any = inputs
     final: list[Any] = []
     kept: list[Any] = []
-    remaining = iter(states)
+    remaining = zip(states, budgets, strict=True)
     for k, directions in enumerate(layers):
         if k > 0:
             x = dropout_steps(x, dropout, locked=locked, training=training)
-        outputs: list[Tensor] = []
+        read = outputs or k < len(layers) - 1
+        if (
+            len(directions) == 2
+            and steps
+            and tape_budget is None
+            and choose_backend(_bound(directions[0]), backend) == "native"
+        ):
+            # Both directions in one call, their outputs side by side without a copy.
+            (forward, _), (backward, _) = next(remaining), next(remaining)
+            for cell, state in zip(directions, (forward, backward), strict=True):
+                expect_fit(_bound(cell), x, state, batch)
+            x, ended, every = fused.layer(
+                [_bound(cell) for cell in directions],
+                x,
+                [forward, backward],
+                reverse=[False, True],
+                lengths=lengths,
+                resets=[reset, backwards],
+                outputs=read,
+                all_states=all_states,
+            )
+            final += ended
+            kept += every or [None, None]
+            continue
+        ys: list[Tensor] = []
         for d, cell in enumerate(directions):
+            state, share = next(remaining)
             run = unroll(
                 cell,
                 x,
-                next(remaining),
+                state,
                 lengths=lengths,
                 reverse=d == 1,
                 reset=backwards if d == 1 else reset,
+                outputs=read,
                 all_states=all_states,
+                tape_budget=share,
                 backend=backend,
             )
-            outputs.append(run.outputs)
+            ys.append(run.outputs)
             final.append(run.state)
             kept.append(run.states)
-        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        x = (ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)) if read else None
     return x, final, kept
+
+
+def _bound(cell: Any) -> Any:
+    return cell.bind() if isinstance(cell, GatedCell) and cell.keeps_equation() else cell
 
 
 class Core(torch.nn.Module):
@@ -120,6 +180,8 @@ class Core(torch.nn.Module):
             sequence and the same at all its steps (DropConnect: Wan et al. 2013; Merity et al. 2018).
         init, forget_bias, chrono: see `unrolled.cells.initialise`; for the built-in cells.
         backend: see `unrolled.unroll.unroll`.
+        tape_budget: bytes for what all layers and directions together keep between forward and backward, beyond
+            their inputs and outputs (see `unrolled.unroll.unroll` and `divide_tape_budget`).
 
     Raises:
         ConfigError: an unknown cell, a size below 1, or a setting that this cell has no use for.
@@ -140,6 +202,7 @@ class Core(torch.nn.Module):
         forget_bias: float | None = None,
         chrono: int | None = None,
         backend: str = "auto",
+        tape_budget: int | None = None,
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -150,7 +213,7 @@ class Core(torch.nn.Module):
         self.hidden_size = hidden_size
         self.directions = 2 if bidirectional else 1
         self.dropout, self.locked, self.recurrent_dropout = dropout, locked, recurrent_dropout
-        self.backend = backend
+        self.backend, self.tape_budget = backend, tape_budget
         sizes = [input_size, *[hidden_size * self.directions] * (layers - 1)]
         self.layers = torch.nn.ModuleList(
             torch.nn.ModuleList(build_cell(cell, size, hidden_size) for _ in range(self.directions)) for size in sizes
@@ -166,6 +229,13 @@ class Core(torch.nn.Module):
 
     def _cells(self) -> list[Any]:
         return [cell for layer in self.layers for cell in layer]  # type: ignore[attr-defined]
+
+    def native_layers(self) -> list[BoundCell] | None:
+        """The layers' cells if the native kernels run them all here and they can be stepped, else None."""
+        cells = [_bound(cell) for cell in self._cells()]
+        if self.directions == 2 or any(choose_backend(cell, self.backend) != "native" for cell in cells):
+            return None
+        return cells
 
     @property
     def output_size(self) -> int:
@@ -187,6 +257,14 @@ class Core(torch.nn.Module):
         self._expect_cells(state)
         new: list[Any] = []
         y: Any = x
+        if self.native_layers() is not None:
+            # A sequence of one step, by the way that a whole one takes: the same bits.
+            y = Lookup(x.ids[None], x.table) if isinstance(x, Lookup) else x[None]
+            for cell, before in zip(self._cells(), state.cells, strict=True):
+                run = unroll(cell, y, before, backend=self.backend)
+                y = run.outputs
+                new.append(run.state)
+            return y[0], CoreState(tuple(new))
         for cell, before in zip(self._cells(), state.cells, strict=True):
             if isinstance(y, Lookup) and not isinstance(cell, GatedCell):
                 y = y.vectors()
@@ -201,6 +279,7 @@ class Core(torch.nn.Module):
         *,
         lengths: Int[Tensor, "B"] | Sequence[int] | None = None,
         reset: Bool[Tensor, "T B"] | None = None,
+        outputs: bool = True,
         all_states: bool = False,
     ) -> Unrolled:
         """A whole sequence: outputs `[T B output_size]`, final CoreState, and on request all states as a CoreState
@@ -216,7 +295,7 @@ class Core(torch.nn.Module):
             state = self.initial_state(batch)
         self._expect_cells(state)
         bound = [[self._drop(cell) for cell in layer] for layer in self.layers]  # type: ignore[attr-defined]
-        outputs, final, kept = _run_stack(
+        ys, final, kept = _run_stack(
             bound,
             inputs,
             state.cells,
@@ -227,8 +306,10 @@ class Core(torch.nn.Module):
             locked=self.locked,
             training=self.training,
             backend=self.backend,
+            outputs=outputs,
+            tape_budget=self.tape_budget,
         )
-        return Unrolled(outputs, CoreState(tuple(final)), CoreState(tuple(kept)) if all_states else None)
+        return Unrolled(ys, CoreState(tuple(final)), CoreState(tuple(kept)) if all_states else None)
 
     def _expect_cells(self, state: CoreState) -> None:
         count = len(self._cells())
@@ -261,6 +342,8 @@ class _DropIn(torch.nn.RNNBase):
         if not 0 <= recurrent_dropout < 1:
             raise ConfigError(f"recurrent_dropout: expected 0 <= p < 1, got {recurrent_dropout}")
         self.locked, self.recurrent_dropout, self.backend = locked, recurrent_dropout, backend
+
+    _frozen: tuple[Any, ...] | None = None  # see `freeze`
 
     def _equation(self) -> Equation:
         if self.mode == "LSTM":
@@ -303,6 +386,10 @@ class _DropIn(torch.nn.RNNBase):
         Raises:
             ShapeError: a tensor of another shape or type than these.
         """
+        if lengths is None and reset is None:
+            found = self._short_way(input, hx)
+            if found is not None:
+                return found
         if not isinstance(input, Tensor | PackedSequence):
             raise ShapeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
         if hx is not None:
@@ -339,6 +426,46 @@ class _DropIn(torch.nn.RNNBase):
         if single:
             return out.squeeze(1), _map_pair(lambda t: t.squeeze(1), final)
         return (out.transpose(0, 1) if self.batch_first else out), final
+
+    def _short_way(self, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+        """What `forward` returns, by the shortest way to the kernels, for a dense float32 batch whose gradient nobody
+        asks for; None where that does not hold, or something is wrong, and the long way must see to it.
+
+        One step of one row is some ten microseconds of arithmetic: every look at a tensor counts.
+        """
+        weights: Any = self._flat_weights
+        first = weights[1]
+        if (
+            type(input) is not Tensor
+            or input.dim() != 3
+            or input.dtype is not torch.float32
+            or input.shape[2] != self.input_size
+            or (self.training and (self.dropout or self.recurrent_dropout))
+            or self.backend not in ("auto", "native")
+            or (torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights)))
+            or not native.plain()
+            or native.unsuited(first, self._equation().name) is not None
+        ):
+            return None
+        lstm = self.mode == "LSTM"
+        x = input.transpose(0, 1) if self.batch_first else input
+        batch, hidden = x.shape[1], self.hidden_size
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        shape = (count, batch, hidden)
+        if hx is None:
+            h0 = torch.zeros(shape)
+            c0 = h0 if lstm else None
+        else:
+            h0, c0 = hx if lstm and type(hx) is tuple and len(hx) == 2 else (hx, None)
+            for field in (h0, c0) if lstm else (h0,):
+                if type(field) is not Tensor or field.shape != shape or field.dtype is not torch.float32:
+                    return None
+                if torch.is_grad_enabled() and field.requires_grad:
+                    return None
+        out, h, c = native.stack(
+            self._equation().name, x, weights, h0, c0, bool(self.bias), self.bidirectional, self._frozen
+        )
+        return (out.transpose(0, 1) if self.batch_first else out), ((h, c) if lstm else h)
 
     def _drops(self) -> bool:
         return self.training and (self.recurrent_dropout > 0 or (self.locked and self.dropout > 0))
@@ -404,3 +531,56 @@ class GRU(_DropIn, torch.nn.GRU):
 
     The equation is in `unrolled.cells.GRU`; the extras are those of `RNN`.
     """
+
+
+# ------------------------------------------------------------------------------------------- whole models
+
+
+def replace(model: M) -> M:
+    """Swap every `torch.nn.RNN`, `LSTM` and `GRU` inside a model for this module's, in place; returns the model.
+
+    The weights are kept: the very same Parameter objects, so an optimiser made before goes on with them. So are hooks,
+    training mode and everything else that a layer carries; a layer shared in several places stays shared. Layers with
+    `proj_size`, and subclasses of torch's layers, whose `forward` may be another, stay as they are. If the model itself
+    is such a layer, it is turned too.
+
+    Example: `model = unrolled.nn.replace(model)`.
+    """
+    kinds = {torch.nn.RNN: RNN, torch.nn.LSTM: LSTM, torch.nn.GRU: GRU}
+    for module in model.modules():
+        kind = kinds.get(type(module))
+        if kind is None or getattr(module, "proj_size", 0) != 0:
+            continue
+        # The classes differ in their methods only, so the object stays and whoever holds it sees the change.
+        module.__class__ = kind
+        for name, value in (("locked", False), ("recurrent_dropout", 0.0), ("backend", "auto")):
+            setattr(module, name, value)
+    return model
+
+
+@contextmanager
+def freeze(*layers: RNN | LSTM | GRU) -> Iterator[None]:
+    """Within the block, these layers compute with copies of their weights, laid out for the kernels once.
+
+    For many short calls: a call without a gradient then has no weights to lay out. A weight that is changed within the
+    block is not seen until it ends. Calls that record a gradient use the weights themselves, as do those with `lengths`
+    or `reset`, and those under another autocast setting than at the beginning of the block.
+
+    Raises:
+        ModelError: a layer that the native kernels cannot run here; the message says why.
+    """
+    for layer in layers:
+        name = layer._equation().name
+        reason = native.unsuited(layer.cells()[0][0].weights.hh, name)
+        if reason is not None:
+            raise ModelError(f"freeze: the native kernels cannot run this layer: {reason}")
+        frozen = tuple(
+            native.freeze(name, [cell.weights for cell in directions], torch.is_autocast_enabled("cpu"))
+            for directions in layer.cells()
+        )
+        object.__setattr__(layer, "_frozen", frozen)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            object.__setattr__(layer, "_frozen", None)

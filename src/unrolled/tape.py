@@ -1,10 +1,11 @@
 """The built-in cells over time with backpropagation through time written out by hand, in plain torch operations.
 
 The reference loop in `unroll` lets autograd record some ten operations for every step and adds up each weight's
-gradient step by step. Here one forward loop writes what the backward needs on a *tape*, allocated once, and
-one backward loop walks it from the last step to the first; the weights' gradients are then a single product
-over all steps. Values and gradients are those of the reference loop up to rounding (law 6); the gain is that
-the small operations between the products are fewer and in place.
+gradient step by step. Here the sequence is cut in blocks of some 256 rows (`budget.block_steps`). A forward loop over a
+block's steps writes what the backward needs on the block's *tape*, and a backward loop walks it from the last step to
+the first; the inputs' share of all steps, and the weights' gradients, are then one product for each block. Values and
+gradients are those of the reference loop up to rounding (law 6); the gain is that the small operations between the
+products are fewer and in place. Which tapes are kept, and which are made again, is the business of `budget`.
 
 Notation, with d(x) for the gradient of the loss with respect to x and * elementwise:
 
@@ -15,27 +16,30 @@ Notation, with d(x) for the gradient of the loss with respect to x and * element
     GRU    d(z) = d(h') (h - n)          d(n) = d(h') (1 - z)      d(r) = d(a_n) (W_hn h + b_hn)
            d(h) = d(h') z + W_hh^T [d(a_r), d(a_z), d(a_n) r]
 
-    d(W_hh) = sum over t of d(a_t) h_{t-1}^T = D^T P        D [T*B G*H], P [T*B H]
+    d(W_hh) = sum over blocks of D^T P          D [S*B G*H] = d(a_t), P [S*B H] = h_{t-1}, S steps in the block
+    d(W_ih) = sum over blocks of D^T X          X [S*B I] = x_t                            d(X) = D W_ih
 
 Source: Werbos 1990, "Backpropagation through time: what it does and how to do it".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unrolled.cells import GRU, LSTM, RNN, BoundCell, ReluRNN
-from unrolled.errors import ModelError
+from unrolled import budget
+from unrolled.budget import Blocks, Costs, Tensors
+from unrolled.cells import GRU, LSTM, RNN, BoundCell, Lookup, ReluRNN
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["recurrence", "supports", "uses_onednn"]
+__all__ = ["costs", "recurrence", "supports", "uses_onednn"]
 
 _EQUATIONS = tuple(cell.equation for cell in (RNN, ReluRNN, LSTM, GRU))
 _tanh_backward = torch.ops.aten.tanh_backward
@@ -60,42 +64,144 @@ def supports(cell: BoundCell) -> str | None:
 
 def recurrence(
     cell: BoundCell,
-    projected: Float[Tensor, "T B G*H"],
+    inputs: Float[Tensor, "T B I"] | Lookup,
     state: Any,
     *,
     reverse: bool = False,
     keep: Bool[Tensor, "T B 1"] | None = None,
     clear: Bool[Tensor, "T B 1"] | None = None,
-) -> tuple[Float[Tensor, "T B H"], Float[Tensor, "T B H"] | None]:
-    """The states after every step: `(h, c)`, c None for a cell without one. T >= 1.
+    outputs: bool = True,
+    all_states: bool = False,
+    tape_budget: int | None = None,
+) -> tuple[Float[Tensor, "T B H"] | None, Any, Any]:
+    """(outputs, state after the last step, states after every step), None for what was not asked for. T >= 1.
 
     Args:
-        projected: what the inputs contribute, `cell.project(inputs)`.
+        inputs: vectors or ids; where `keep` is false they may hold anything.
         state: the state before the first step.
         reverse: go from the last step to the first; the state before "the first step" then precedes step T-1.
-        keep: where false the step is padding: the state passes through unchanged.
+        keep: where false the step is padding: the state passes through unchanged, the output is zero.
         clear: where true the state before this step counts as zero.
+        tape_budget: in bytes, see `budget.bptt`. None: full BPTT.
 
     Differentiable once: a second derivative raises ModelError, which names the reference path.
+
+    Raises:
+        ConfigError: not possible in this budget.
     """
+    kind, weights = cell.equation.state, cell.weights
     # Autocast leaves float64 alone.
-    cast = torch.is_autocast_enabled("cpu") and projected.dtype != torch.float64
-    compute = torch.get_autocast_dtype("cpu") if cast else projected.dtype
-    c0 = state.c if cell.equation.name == "lstm" else None
-    outputs: tuple[Tensor, Tensor | None] = _Recurrence.apply(  # type: ignore[no-untyped-call]
-        cell.equation.name,
-        projected,
-        state.h,
-        c0,
-        cell.weights.hh,
-        cell.weights.bias_hh,
-        reverse,
-        keep,
-        clear,
-        compute,
-        torch.is_grad_enabled(),
+    cast = torch.is_autocast_enabled("cpu") and weights.hh.dtype != torch.float64
+    compute = torch.get_autocast_dtype("cpu") if cast else weights.hh.dtype
+    ids = inputs.ids if isinstance(inputs, Lookup) else None
+    steps, batch = (inputs if ids is None else ids).shape[:2]  # type: ignore[union-attr]
+    needs = costs(
+        cell, inputs, ragged=keep is not None, marked=clear is not None, outputs=outputs, all_states=all_states
     )
-    return outputs
+    source, ih, bias_ih = _source(cell, inputs)
+    make = _Maker(
+        cell.equation.name,
+        budget.block_steps(steps, batch),
+        reverse,
+        compute,
+        whole_h=_whole_h(outputs, all_states, keep is not None),
+        whole_c=all_states and cell.equation.name == "lstm",
+        masked=outputs and keep is not None and not all_states,
+    )
+    c0 = state.c if cell.equation.name == "lstm" else None
+    arguments = (source, ids, state.h, c0, ih, bias_ih, weights.hh, weights.bias_hh, keep, clear)
+    hs, cs, h, c = budget.bptt(make, needs, tape_budget, arguments, 2)
+    final = kind(h) if c is None else kind(h, c)  # type: ignore[call-arg,arg-type]
+    if hs is None:
+        return None, final, None
+    states = None
+    if all_states:
+        states = kind(hs) if c is None else kind(hs, cs)  # type: ignore[call-arg,arg-type]
+    if not outputs:
+        return None, final, states
+    return hs.masked_fill(~keep, 0) if all_states and keep is not None else hs, final, states
+
+
+def _whole_h(outputs: bool, all_states: bool, ragged: bool) -> bool:
+    """Whether the hidden states of all steps are returned, so that no tape has to keep them. In ragged outputs there
+    are zeros in their place."""
+    return all_states or (outputs and not ragged)
+
+
+def _source(cell: BoundCell, inputs: Tensor | Lookup) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(what the inputs are or are looked up in, W_ih, b_ih); without W_ih, b_ih: a table of projected inputs."""
+    ih, bias = cell.weights.ih, cell.weights.bias_ih
+    if not isinstance(inputs, Lookup):
+        return inputs, ih, bias
+    if inputs.table is None:
+        table = ih.t().contiguous()  # whose rows are looked up: they must lie together
+        return table if bias is None else table + bias, None, None
+    if _projects_table(inputs):
+        return F.linear(inputs.table, ih, bias), None, None
+    return inputs.table, ih, bias
+
+
+def _projects_table(inputs: Lookup) -> bool:
+    """Whether the whole table is projected, once. It stays in memory until the backward is done, so not if it has
+    nearly as many rows as there are steps."""
+    return inputs.table is None or inputs.table.shape[0] <= inputs.ids.numel() // 4
+
+
+def costs(
+    cell: BoundCell,
+    inputs: Tensor | Lookup,
+    *,
+    ragged: bool,
+    marked: bool,
+    outputs: bool,
+    all_states: bool,
+) -> Costs:
+    """What `recurrence` keeps with these arguments; of `inputs` only shape and kind matter.
+
+    A block of S steps has the tape, in numbers:
+
+        RNN    h: (S+1) B H
+        LSTM   gates, tanh(c'), h, c: S B 4H + S B H + 2 (S+1) B H
+        GRU    gates, W_hn h + b_hn, h: S B 3H + S B H + (S+1) B H
+
+    less h, or h and c, where these are returned for all steps and so are there anyway.
+    """
+    name, hidden, gates = cell.equation.name, cell.hidden_size, cell.equation.gates
+    vectors = inputs.ids if isinstance(inputs, Lookup) else inputs
+    steps, batch = vectors.shape[:2]
+    size = budget.block_steps(steps, batch)
+    number = cell.weights.hh.element_size()
+    cast = torch.is_autocast_enabled("cpu") and number == 4
+    rows, width, product = min(size, steps) * batch, cell.input_size, gates * hidden
+    own = (not _whole_h(outputs, all_states, ragged)) + (name == "lstm" and not all_states)  # of h and c
+    gated = name in ("lstm", "gru")
+    tape = gated * rows * (product + hidden) + own * (rows + batch) * hidden
+    state = own * batch * hidden
+
+    looked_up = isinstance(inputs, Lookup) and _projects_table(inputs)
+    source = inputs.table if isinstance(inputs, Lookup) else inputs
+    onward = not looked_up and source is not None and source.requires_grad  # the gradient goes on to the inputs
+    # The inputs of a block are copied if they do not lie together as they are.
+    copies = isinstance(inputs, Lookup) or ragged or not inputs.is_contiguous()
+    # Weights transposed for the backward pass; under autocast all of them in its dtype.
+    fixed = product * (hidden + onward * width) * (2 if cast else 1)
+    # Forward, a block that is not recorded has its sums before the gates and its states, and backward it has their
+    # gradient (the GRU's candidate a second one), what it is multiplied with, and the gradient of its inputs.
+    forward = rows * (product + copies * width) + own * (rows + batch) * hidden
+    backward = rows * (product + (copies + onward) * width + (marked + (name == "gru")) * hidden)
+    fixed += max(forward, backward)
+    if cast:  # their copies in 16 bits, and a weight's gradient before it is added
+        fixed += (rows * (2 * product + 2 * width + hidden) + product * max(width, hidden)) // 2
+    # A step has its product, in both dtypes, and some ten vectors per row; gradients of biases.
+    fixed += batch * (2 * product + 12 * hidden) + 2 * product
+    if isinstance(inputs, Lookup) and looked_up:
+        # The projected table and its gradient, each made in two operations.
+        fixed += 3 * product * (width if inputs.table is None else inputs.table.shape[0])
+    # What oneDNN takes for itself, as measured: 64 columns of a weight for each thread; in 16 bits more.
+    if number == 4 and _onednn is not None:
+        fixed += torch.get_num_threads() * 64 * (max(product, width) + (1024 if cast else 16))
+    masks = 2 * steps * batch * (ragged + marked) + 16 * rows  # bytes: where steps are padding or marked; a block's ids
+    return Costs(-(-steps // size), state * number, tape * number, fixed * number + masks + 4096)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -127,150 +233,337 @@ def uses_onednn() -> bool:
     return _onednn is not None
 
 
-class _Recurrence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        name: str,
-        projected: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        reverse: bool,
-        keep: Tensor | None,
-        clear: Tensor | None,
-        compute: torch.dtype,
-        record: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        steps, batch, rows = projected.shape
-        hidden = weight.shape[1]
-        new = weight.new_empty
-        with torch.autocast("cpu", enabled=False):
-            linear = _linear(weight, bias, compute)
-            # Slot s holds the state before step s (forward) or after it (reverse); the spare slot is the start.
-            h = new(steps + 1, batch, hidden)
-            c = new(steps + 1, batch, hidden) if c0 is not None else None
-            first = steps if reverse else 0
-            h[first] = h0
-            if c is not None and c0 is not None:
-                c[first] = c0
-            kept = steps if record else 1
-            gates = new(kept, batch, rows)
-            # LSTM: tanh(c'); GRU: W_hn h + b_hn, which the reset gate multiplies.
-            extra = new(kept, batch, hidden) if name in ("lstm", "gru") else None
-            for t in range(steps - 1, -1, -1) if reverse else range(steps):
-                before, after = (t + 1, t) if reverse else (t, t + 1)
-                slot = t if record else 0
-                hp = h[before] if clear is None else h[before].masked_fill(clear[t], 0)
-                a = gates[slot]
-                if name == "lstm":
-                    assert c is not None and extra is not None
-                    cp = c[before] if clear is None else c[before].masked_fill(clear[t], 0)
-                    torch.add(projected[t], linear(hp), out=a)
-                    _lstm_forward(a, cp, c[after], extra[slot], h[after])
-                elif name == "gru":
-                    assert extra is not None
-                    _gru_forward(projected[t], linear(hp), hp, a, extra[slot], h[after])
-                else:
-                    torch.add(projected[t], linear(hp), out=a)
-                    torch.tanh(a, out=h[after]) if name == "rnn" else torch.clamp_min(a, 0, out=h[after])
-                if keep is not None:
-                    h[after] = torch.where(keep[t], h[after], h[before])
-                    if c is not None:
-                        c[after] = torch.where(keep[t], c[after], c[before])
-        if record:
-            ctx.save_for_backward(h, c, gates if name in ("lstm", "gru") else None, extra, weight, keep, clear)
-            ctx.name, ctx.reverse, ctx.compute, ctx.has_bias = name, reverse, compute, bias is not None
-            ctx.projected_dtype = projected.dtype
-        outputs = slice(0, steps) if reverse else slice(1, steps + 1)
-        return h[outputs], None if c is None else c[outputs]
+# ------------------------------------------------------------------------------------------------ blocks
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise ModelError(
-                "the tape path is differentiable once; for second derivatives (create_graph=True) "
-                "use backend='reference'"
-            )
-        dh_all, dc_all = grads
-        h, c, gates, extra, weight, keep, clear = ctx.saved_tensors
-        name, reverse, compute = ctx.name, ctx.reverse, ctx.compute
-        steps, batch, hidden = h.shape[0] - 1, h.shape[1], h.shape[2]
-        back = _linear(weight.t(), None, compute)
-        d = weight.new_empty(steps, batch, weight.shape[0])
-        # The GRU's recurrent product has its own gradient in the candidate's rows: d(a_n) r.
-        d_candidate = weight.new_empty(steps, batch, hidden) if name == "gru" else None
-        scratch = weight.new_empty(batch, weight.shape[0]) if name == "gru" else None
-        dh = weight.new_zeros(batch, hidden)
-        dc = weight.new_zeros(batch, hidden) if name == "lstm" else None
-        for t in range(steps) if reverse else range(steps - 1, -1, -1):
-            before, after = (t + 1, t) if reverse else (t, t + 1)
-            if dh_all is not None:
-                dh = dh + dh_all[t]
-            if dc is not None and dc_all is not None:
-                dc = dc + dc_all[t]
-            a = d[t]
-            through = direct = dh
+
+@dataclass(frozen=True)
+class _Maker:
+    """What a run is, but for its tensors; makes the blocks of a pass (`budget.Maker`).
+
+    size: steps in a block; whole_h, whole_c: the states of all steps are returned, so they stand in memory of their
+    own; masked: the outputs are returned with zeros in padding.
+    """
+
+    equation: str
+    size: int
+    reverse: bool
+    compute: torch.dtype
+    whole_h: bool
+    whole_c: bool
+    masked: bool
+    backend = "tape"
+
+    def __call__(
+        self,
+        arguments: Tensors,
+        saved: Tensors | None = None,
+        d_returned: Tensors | None = None,
+        needs: Sequence[bool] | None = None,
+        /,
+    ) -> Blocks:
+        return _Blocks(self, arguments, saved, d_returned, needs)
+
+
+class _Blocks:
+    """A pass in the blocks of `budget.Blocks`. Those are counted in the order of computing; a block's steps are in the
+    order of the sequence.
+
+    A state is (h, c), a tape is (h [S+1 B H], c [S+1 B H], gates [S B G*H], extra [S B H]), less what the equation has
+    not and what is returned for all steps (then None in a tape). Slot s of h and c holds the state before step s of
+    the block (forward) or after it (reverse); the spare slot is where the block starts. extra: LSTM tanh(c'); GRU
+    W_hn h + b_hn, which the reset gate multiplies.
+
+    To be the same bits at any time, a product must see its operands at the same distance from a border of 64 bytes:
+    with MKL another alignment is another order of summation. So what a block computes begins in memory of its own.
+    """
+
+    def __init__(
+        self,
+        make: _Maker,
+        arguments: Tensors,
+        saved: Tensors | None,
+        d_returned: Tensors | None,
+        needs: Sequence[bool] | None,
+    ) -> None:
+        source, ids, h0, c0, ih, bias_ih, hh, bias_hh, keep, clear = arguments
+        assert source is not None and h0 is not None and hh is not None
+        self.make, self.source, self.ids, self.keep, self.clear = make, source, ids, keep, clear
+        self.ih, self.bias_ih, self.hh, self.bias_hh = ih, bias_ih, hh, bias_hh
+        self.steps, self.batch = (source if ids is None else ids).shape[:2]
+        self.hidden, self.dtype = hh.shape[1], hh.dtype
+        self.count = -(-self.steps // make.size)
+        self.longest = min(make.size, self.steps)
+        self.gated = make.equation in ("lstm", "gru")
+        self.h0, self.c0 = h0.to(self.dtype), None if c0 is None else c0.to(self.dtype)
+        own_h, own_c = not make.whole_h, c0 is not None and not make.whole_c
+        self.start: Tensors = (*((self.h0,) if own_h else ()), *((self.c0,) if own_c else ()))
+        self._recurrent: Callable[[Tensor], Tensor] | None = None
+        self._input: Callable[[Tensor], Tensor] | None = None
+        self.forward = saved is None
+        if saved is None:
+            saved = self._new_results()
+        # [T+1 B H], slots as above: the states of all steps, where they are returned.
+        self.whole_h, self.whole_c = self.saved = saved
+        after = slice(0, -1) if make.reverse else slice(1, None)
+        self.masked = self.new(self.steps) if make.masked and self.forward else None
+        self.returned: Tensors = (
+            self.masked if self.whole_h is None else self.whole_h[after],
+            None if self.whole_c is None else self.whole_c[after],
+        )
+        if d_returned is not None and needs is not None:
+            self._new_gradients(d_returned, needs)
+
+    def _new_results(self) -> Tensors:
+        start = -1 if self.make.reverse else 0
+        whole_h = self.new(self.steps + 1) if self.make.whole_h else None
+        if whole_h is not None:
+            whole_h[start] = self.h0
+        whole_c = self.new(self.steps + 1) if self.make.whole_c else None
+        if whole_c is not None and self.c0 is not None:
+            whole_c[start] = self.c0
+        return whole_h, whole_c
+
+    def _new_gradients(self, d_returned: Tensors, needs: Sequence[bool]) -> None:
+        self.d_hs, self.d_cs = d_returned
+        self.d_ih, self.d_bias_ih, self.d_hh, self.d_bias_hh = (
+            weight.new_zeros(weight.shape) if weight is not None and need else None
+            for weight, need in zip((self.ih, self.bias_ih, self.hh, self.bias_hh), needs[4:8], strict=True)
+        )
+        self.d_source: Tensor | None = None
+        if needs[0] and self.ids is None:
+            self.d_source = self.source.new_empty(self.source.shape)
+        elif needs[0]:
+            self.d_source = self.source.new_zeros(self.source.shape, dtype=self.dtype)
+        self._back = _linear(self.hh.t(), None, self.make.compute)
+        self._back_input: Callable[[Tensor], Tensor] | None = None
+        if self.d_source is not None and self.ih is not None:
+            self._back_input = _linear(self.ih.t(), None, self.make.compute)
+
+    def new(self, *steps: int) -> Tensor:
+        """Memory for [*steps B H]."""
+        return self.hh.new_empty(*steps, self.batch, self.hidden)
+
+    def _span(self, block: int) -> tuple[int, int]:
+        """The block's steps, in the order of the sequence."""
+        begin = block * self.make.size
+        end = min(begin + self.make.size, self.steps)
+        return (self.steps - end, self.steps - begin) if self.make.reverse else (begin, end)
+
+    def advance(self, first: int, last: int, state: Tensors) -> Tensors:
+        slots = self._slots(self.longest)
+        for block in range(first, last):
+            state, _ = self._compute(block, state, slots, None)
+        return tuple(None if t is None else t.clone() for t in state)
+
+    def record(self, block: int, state: Tensors) -> tuple[Tensors, Tensors]:
+        begin, end = self._span(block)
+        slots = self._slots(end - begin)
+        extra = self.new(end - begin) if self.gated else None
+        state, gates = self._compute(block, state, slots, extra)
+        return (*slots, gates if self.gated else None, extra), state
+
+    def final(self, state: Tensors) -> Tensors:
+        last, parts = 0 if self.make.reverse else self.steps, iter(state)
+        h = next(parts) if self.whole_h is None else self.whole_h[last]
+        c = None if self.c0 is None else next(parts) if self.whole_c is None else self.whole_c[last]
+        return tuple(None if t is None else t.clone() for t in (h, c))
+
+    def _slots(self, steps: int) -> Tensors:
+        """New memory for those of h and c that are not returned for all steps."""
+        own_h, own_c = not self.make.whole_h, self.c0 is not None and not self.make.whole_c
+        return self.new(steps + 1) if own_h else None, self.new(steps + 1) if own_c else None
+
+    def _inputs(self, begin: int, end: int) -> Tensor:
+        """The block's input vectors, `[S*B I]`, zero in padding."""
+        if self.ids is None:
+            x = self.source[begin:end]
+            if self.keep is not None:
+                # Padding may hold anything, infinities and NaN too; a zero keeps it out of the weights' gradients.
+                x = x.masked_fill(~self.keep[begin:end], 0)
+            return x.flatten(0, 1).contiguous()
+        return self.source.index_select(0, self._ids(begin, end))
+
+    def _ids(self, begin: int, end: int) -> Tensor:
+        """The block's ids, `[S*B]`, zero in padding."""
+        assert self.ids is not None
+        ids = self.ids[begin:end]
+        return (ids if self.keep is None else ids.masked_fill(~self.keep[begin:end, :, 0], 0)).flatten()
+
+    def _project(self, begin: int, end: int) -> Tensor:
+        """What the inputs contribute, `[S B G*H]`, in new memory."""
+        x = self._inputs(begin, end)
+        if self.ih is not None:
+            if self._input is None:
+                self._input = _linear(self.ih, self.bias_ih, self.make.compute)
+            x = self._input(x.to(self.dtype))
+        return x.to(self.dtype).view(end - begin, self.batch, self.hh.shape[0])
+
+    def _compute(self, block: int, state: Tensors, slots: Tensors, extra: Tensor | None) -> tuple[Tensors, Tensor]:
+        """Compute a block from its state into the slots; (the state after it, the gates)."""
+        begin, end = self._span(block)
+        steps, equation, reverse = end - begin, self.make.equation, self.make.reverse
+        if self._recurrent is None:
+            self._recurrent = _linear(self.hh, self.bias_hh, self.make.compute)
+        linear = self._recurrent
+        h, c = (None if t is None else t[: steps + 1] for t in slots)
+        first, last = (steps, 0) if reverse else (0, steps)
+        for slot, given in zip([t for t in (h, c) if t is not None], state, strict=True):
+            assert given is not None
+            slot[first] = given
+        hs = _part(h, self.whole_h, begin, end).unbind()
+        cs = None if self.c0 is None else _part(c, self.whole_c, begin, end).unbind()
+        # A pass that does not fill what is returned computes it once more, for the gates, and forgets it.
+        new_h = self.new() if h is None and not self.forward else None
+        new_c = self.new() if c is None and not self.forward else None
+        extras = (self.new(),) * steps if extra is None else extra.unbind()
+        gates = self._project(begin, end)
+        sums, parts = gates.unbind(), _gates(gates, equation)
+        kept, cleared = _each(self.keep, begin, end), _each(self.clear, begin, end)
+        for s in range(steps - 1, -1, -1) if reverse else range(steps):
+            before, after = (s + 1, s) if reverse else (s, s + 1)
+            own, mark, a, hb = kept[s], cleared[s], sums[s], hs[before]
+            ha = hs[after] if new_h is None else new_h
+            hp = hb if mark is None else hb.masked_fill(mark, 0)
+            if cs is not None:
+                cb, ca = cs[before], cs[after] if new_c is None else new_c
+                cp = cb if mark is None else cb.masked_fill(mark, 0)
+                a.add_(linear(hp))
+                _lstm_forward(parts[s], cp, ca, extras[s], ha)
+                if own is not None:
+                    torch.where(own, ca, cb, out=ca)
+            elif equation == "gru":
+                _gru_forward(parts[s], linear(hp), hp, extras[s], ha)
+            elif equation == "rnn":
+                torch.tanh(a.add_(linear(hp)), out=ha)
+            else:
+                torch.clamp_min(a.add_(linear(hp)), 0, out=ha)
+            if own is not None:
+                torch.where(own, ha, hb, out=ha)
+        if self.masked is not None:
+            assert h is not None and self.keep is not None
+            self.masked[begin:end] = (h[:-1] if reverse else h[1:]).masked_fill(~self.keep[begin:end], 0)
+        return tuple(slot[last] for slot in (h, c) if slot is not None), gates
+
+    def backward(self, block: int, tape: Tensors, d_state: Tensors) -> Tensors:
+        begin, end = self._span(block)
+        equation, reverse, steps = self.make.equation, self.make.reverse, end - begin
+        own_h, own_c, gates, extra = tape
+        h = _part(own_h, self.whole_h, begin, end)
+        c = None if self.c0 is None else _part(own_c, self.whole_c, begin, end)
+        dh, dc = d_state
+        dh = self.new().zero_() if dh is None else dh
+        dc = self.new().zero_() if c is not None and dc is None else dc
+        d = self.hh.new_empty(steps, self.batch, self.hh.shape[0])
+        # The GRU's two products have gradients of their own in the candidate's rows: of h's d(a_n) r, of x's d(a_n).
+        d_candidate = self.new(steps) if equation == "gru" else None
+        ds, d_candidates = d.unbind(), _each(d_candidate, 0, steps)
+        d_hs, d_cs = _each(self.d_hs, begin, end), _each(self.d_cs, begin, end)
+        kept, cleared = _each(self.keep, begin, end), _each(self.clear, begin, end)
+        hs, cs, extras = h.unbind(), _each(c, 0, steps + 1), _each(extra, 0, steps)
+        parts, d_parts = _gates(gates, equation), _gates(d, equation)
+        for s in range(steps) if reverse else range(steps - 1, -1, -1):
+            before, after = (s + 1, s) if reverse else (s, s + 1)
+            own, mark, a = kept[s], cleared[s], ds[s]
+            if d_hs[s] is not None:
+                dh = dh + (d_hs[s].masked_fill(~own, 0) if self.make.masked and own is not None else d_hs[s])
+            direct, through = dh, None
             if dc is not None:
-                cp = c[before] if clear is None else c[before].masked_fill(clear[t], 0)
-                dc_before = _lstm_backward(a, dh, dc, gates[t], cp, extra[t])
-                if keep is not None:
-                    dc_before = torch.where(keep[t], dc_before, dc)
-                if clear is not None:
-                    dc_before = dc_before.masked_fill(clear[t], 0)
-                dc = dc_before
-            elif name == "gru":
-                assert d_candidate is not None and scratch is not None
-                hp = h[before] if clear is None else h[before].masked_fill(clear[t], 0)
-                through = _gru_backward(a, scratch, dh, gates[t], hp, extra[t])
-                direct = dh
-            elif name == "rnn":
-                _tanh_backward(dh, h[after], grad_input=a)
+                if d_cs[s] is not None:
+                    dc = dc + d_cs[s]
+                cp = cs[before] if mark is None else cs[before].masked_fill(mark, 0)
+                dc_before = _lstm_backward(d_parts[s], dh, dc, parts[s], cp, extras[s])
+                if own is not None:
+                    dc_before = torch.where(own, dc_before, dc)
+                dc = dc_before if mark is None else dc_before.masked_fill_(mark, 0)
+            elif equation == "gru":
+                hp = hs[before] if mark is None else hs[before].masked_fill(mark, 0)
+                through = _gru_backward(d_parts[s], d_candidates[s], dh, parts[s], hp, extras[s])
+            elif equation == "rnn":
+                _tanh_backward(dh, hs[after], grad_input=a)
             else:
-                torch.mul(dh, h[after] > 0, out=a)
-            if keep is not None:
-                a.masked_fill_(~keep[t], 0)
-                if scratch is not None:
-                    scratch.masked_fill_(~keep[t], 0)
-            if d_candidate is not None and scratch is not None:
-                d_candidate[t] = scratch[:, 2 * hidden :]
-            dh = back(a if scratch is None else scratch)
-            if name == "gru":
-                dh = dh.add_(through if keep is None else torch.where(keep[t], through, direct))
-            elif keep is not None:
-                dh = torch.where(keep[t], dh, direct)
-            if clear is not None:
-                dh = dh.masked_fill(clear[t], 0)
+                torch.mul(dh, hs[after] > 0, out=a)
+            if own is not None:
+                padding = ~own
+                a.masked_fill_(padding, 0)
+                if d_candidates[s] is not None:
+                    d_candidates[s].masked_fill_(padding, 0)
+            dh = self._back(a)
+            if through is not None:
+                dh = dh.add_(through if own is None else torch.where(own, through, direct))
+            elif own is not None:
+                dh = torch.where(own, dh, direct)
+            if mark is not None:
+                dh = dh.masked_fill(mark, 0)
+        self._add(begin, end, h, d.flatten(0, 1), None if d_candidate is None else d_candidate.flatten(0, 1))
+        return dh, dc
 
-        # One product over all steps; cleared rows saw a zero state.
-        previous = h[1:] if reverse else h[:-1]
-        if clear is not None:
-            previous = previous.masked_fill(clear, 0)
-        needs = ctx.needs_input_grad
-        dw = db = None
-        if needs[4]:
-            p = previous.flatten(0, 1).to(compute)
-            flat = d.flatten(0, 1).to(compute)
-            if d_candidate is None:
-                dw = flat.t() @ p
-            else:
-                dw = torch.cat([flat[:, : 2 * hidden].t() @ p, d_candidate.flatten(0, 1).to(compute).t() @ p])
-            dw = dw.to(weight.dtype)
-        if needs[5]:
-            db = d.sum((0, 1))
-            if d_candidate is not None:
-                db[2 * hidden :] = d_candidate.sum((0, 1))
-        dx = d.to(ctx.projected_dtype) if needs[1] else None
-        return None, dx, dh, dc, dw, db, None, None, None, None, None
+    def _add(self, begin: int, end: int, h: Tensor, d: Tensor, d_candidate: Tensor | None) -> None:
+        """Add the block's share to the gradients; d `[S*B G*H]`: of the sums of h's product; of x's it is the same, but
+        for d_candidate `[S*B H]`."""
+        cast = d.to(self.make.compute)
+        if self.d_hh is not None:
+            # Cleared rows saw a zero state.
+            previous = h[1:] if self.make.reverse else h[:-1]
+            if self.clear is not None:
+                previous = previous.masked_fill(self.clear[begin:end], 0)
+            self._add_product(self.d_hh, cast, previous.flatten(0, 1))
+        sums = None
+        if self.d_bias_hh is not None:
+            sums = d.sum(0)
+            self.d_bias_hh += sums
+        if d_candidate is not None:
+            d[:, 2 * self.hidden :] = d_candidate
+            cast, sums = d.to(self.make.compute), None
+        if self.d_bias_ih is not None:
+            self.d_bias_ih += d.sum(0) if sums is None else sums
+        if self.d_ih is not None:
+            self._add_product(self.d_ih, cast, self._inputs(begin, end).to(self.dtype))
+        if self.d_source is None:
+            return
+        if self._back_input is not None:
+            d = self._back_input(d)
+        if self.ids is None:
+            self.d_source[begin:end] = d.view(end - begin, self.batch, self.source.shape[2])
+        else:
+            self.d_source.index_add_(0, self._ids(begin, end), d)
+
+    def _add_product(self, total: Tensor, d: Tensor, x: Tensor) -> None:
+        if d.dtype == total.dtype:
+            total.addmm_(d.t(), x)
+        else:
+            total += d.t() @ x.to(d.dtype)
+
+    def gradients(self, d_state: Tensors) -> Tensors:
+        dh, dc = d_state
+        return (self.d_source, None, dh, dc, self.d_ih, self.d_bias_ih, self.d_hh, self.d_bias_hh, None, None)
 
 
-def _lstm_forward(a: Tensor, cp: Tensor, c: Tensor, tanh_c: Tensor, h: Tensor) -> None:
-    """a [B 4H] in: the sums before the gates, out: the gates; writes c, tanh(c) and h [B H]."""
-    n = h.shape[1]
-    i, f, g, o = a[:, :n], a[:, n : 2 * n], a[:, 2 * n : 3 * n], a[:, 3 * n :]
-    a[:, : 2 * n].sigmoid_()
+def _part(own: Tensor | None, whole: Tensor | None, begin: int, end: int) -> Tensor:
+    """A block's slots, `[S+1 B H]`: its own, or those among all steps'."""
+    if own is not None:
+        return own
+    assert whole is not None
+    return whole[begin : end + 1]
+
+
+def _each(t: Tensor | None, begin: int, end: int) -> tuple[Any, ...]:
+    """t[begin], ..., t[end - 1], or as many times None: faster than one at a time."""
+    return (None,) * (end - begin) if t is None else t[begin:end].unbind()
+
+
+def _gates(t: Tensor | None, equation: str) -> list[tuple[Tensor, ...]]:
+    """For each step of t `[S B G*H]` the first two gates together, and then each gate by itself."""
+    count = {"lstm": 4, "gru": 3}.get(equation)
+    if t is None or count is None:
+        return []
+    parts = (t[..., : t.shape[-1] // count * 2], *t.chunk(count, dim=-1))
+    return list(zip(*(part.unbind() for part in parts), strict=True))
+
+
+def _lstm_forward(gates: tuple[Tensor, ...], cp: Tensor, c: Tensor, tanh_c: Tensor, h: Tensor) -> None:
+    """gates (`_gates`) in: the sums before them; writes gates, c, tanh(c) and h [B H]."""
+    both, i, f, g, o = gates
+    both.sigmoid_()
     g.tanh_()
     o.sigmoid_()
     torch.mul(f, cp, out=c)
@@ -279,43 +572,43 @@ def _lstm_forward(a: Tensor, cp: Tensor, c: Tensor, tanh_c: Tensor, h: Tensor) -
     torch.mul(o, tanh_c, out=h)
 
 
-def _lstm_backward(a: Tensor, dh: Tensor, dc: Tensor, gates: Tensor, cp: Tensor, tanh_c: Tensor) -> Tensor:
-    """Writes the gradient of the gates' sums to a [B 4H]; returns d(c) before the step."""
-    n = dh.shape[1]
-    i, f, g, o = gates[:, :n], gates[:, n : 2 * n], gates[:, 2 * n : 3 * n], gates[:, 3 * n :]
+def _lstm_backward(
+    d: tuple[Tensor, ...], dh: Tensor, dc: Tensor, gates: tuple[Tensor, ...], cp: Tensor, tanh_c: Tensor
+) -> Tensor:
+    """Writes the gradient of the gates' sums to d; returns d(c) before the step."""
+    both, i, f, g, o = gates
+    d_both, d_i, d_f, d_g, d_o = d
     dc = dc + _tanh_backward(dh * o, tanh_c)
-    torch.mul(dc, g, out=a[:, :n])
-    torch.mul(dc, cp, out=a[:, n : 2 * n])
-    _sigmoid_backward(a[:, : 2 * n], gates[:, : 2 * n], grad_input=a[:, : 2 * n])
-    _tanh_backward(dc * i, g, grad_input=a[:, 2 * n : 3 * n])
-    _sigmoid_backward(dh * tanh_c, o, grad_input=a[:, 3 * n :])
+    torch.mul(dc, g, out=d_i)
+    torch.mul(dc, cp, out=d_f)
+    _sigmoid_backward(d_both, both, grad_input=d_both)
+    _tanh_backward(dc * i, g, grad_input=d_g)
+    _sigmoid_backward(dh * tanh_c, o, grad_input=d_o)
     return dc.mul_(f)
 
 
-def _gru_forward(x: Tensor, hh: Tensor, hp: Tensor, gates: Tensor, hn: Tensor, h: Tensor) -> None:
-    """x, hh [B 3H]: both products; writes the gates [B 3H], W_hn h + b_hn and h [B H]."""
+def _gru_forward(gates: tuple[Tensor, ...], hh: Tensor, hp: Tensor, hn: Tensor, h: Tensor) -> None:
+    """gates (`_gates`) in: the product of x; hh [B 3H]: that of h; writes gates, W_hn h + b_hn and h [B H]."""
+    both, r, z, candidate = gates
     n = hp.shape[1]
-    rz, candidate = gates[:, : 2 * n], gates[:, 2 * n :]
-    torch.add(x[:, : 2 * n], hh[:, : 2 * n], out=rz)
-    rz.sigmoid_()
+    both.add_(hh[:, : 2 * n]).sigmoid_()
     hn.copy_(hh[:, 2 * n :])
-    torch.addcmul(x[:, 2 * n :].to(hn.dtype), rz[:, :n], hn, out=candidate)
-    candidate.tanh_()
+    candidate.addcmul_(r, hn).tanh_()
     torch.sub(hp, candidate, out=h)
-    h.mul_(rz[:, n:]).add_(candidate)
+    h.mul_(z).add_(candidate)
 
 
-def _gru_backward(a: Tensor, recurrent: Tensor, dh: Tensor, gates: Tensor, hp: Tensor, hn: Tensor) -> Tensor:
-    """Writes the gradients of both products' sums: of x's to a [B 3H], of h's to recurrent [B 3H]; returns what
-    reaches the earlier h without a product."""
-    n = dh.shape[1]
-    r, z, candidate = gates[:, :n], gates[:, n : 2 * n], gates[:, 2 * n :]
+def _gru_backward(
+    d: tuple[Tensor, ...], da: Tensor, dh: Tensor, gates: tuple[Tensor, ...], hp: Tensor, hn: Tensor
+) -> Tensor:
+    """Writes the gradient of the sums of h's product to d, and of the candidate's sum of x's to da [B H]; the other
+    sums of x's have that of h's. Returns what reaches the earlier h without a product."""
+    both, r, z, candidate = gates
+    d_both, d_r, d_z, d_candidate = d
     through = dh * z
-    da = a[:, 2 * n :]
     _tanh_backward(dh - through, candidate, grad_input=da)
-    torch.mul(da, hn, out=a[:, :n])
-    torch.mul(dh, hp - candidate, out=a[:, n : 2 * n])
-    _sigmoid_backward(a[:, : 2 * n], gates[:, : 2 * n], grad_input=a[:, : 2 * n])
-    recurrent[:, : 2 * n] = a[:, : 2 * n]
-    torch.mul(da, r, out=recurrent[:, 2 * n :])
+    torch.mul(da, hn, out=d_r)
+    torch.mul(dh, hp - candidate, out=d_z)
+    _sigmoid_backward(d_both, both, grad_input=d_both)
+    torch.mul(da, r, out=d_candidate)
     return through

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unrolled import native
 from unrolled.cells import Lookup
 from unrolled.errors import ConfigError
 
@@ -54,13 +55,16 @@ class NextWriter(nn.Module):
         hidden: size of a hidden state vector.
         symbols: V.
         tied: an embedding table [V H] whose rows serve as W_hy too (Press and Wolf 2017), or None.
+        backend: "auto" and "native" use the native kernels where they can: a row's scores are then the same bits in any
+            batch, and the scores of a whole window are never in memory.
 
     Raises:
         ConfigError: the tied table's rows are not `hidden` long.
     """
 
-    def __init__(self, hidden: int, symbols: int, tied: nn.Parameter | None = None) -> None:
+    def __init__(self, hidden: int, symbols: int, tied: nn.Parameter | None = None, *, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         if tied is not None and tied.shape[1] != hidden:
             raise ConfigError(
                 f"output.tied: embedding and hidden size must be equal to share a matrix, got {tied.shape[1]} and "
@@ -74,10 +78,17 @@ class NextWriter(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*steps H"]) -> Float[Tensor, "*steps V"]:
         """Scores (logits) of every symbol to come next."""
+        if self._native():
+            return native.linear(hidden, self.weight, self.bias)
         return F.linear(hidden, self.weight, self.bias)
+
+    def _native(self) -> bool:
+        return self.backend in ("auto", "native") and native.unsuited(self.weight) is None
 
     def loss(self, hidden: Float[Tensor, "T B H"], targets: Int[Tensor, "T B"]) -> Float[Tensor, ""]:
         """The summed cross-entropy in nats over all steps whose target is not IGNORE."""
+        if self._native():
+            return native.cross_entropy(hidden.flatten(0, 1), self.weight, self.bias, targets.flatten())
         scores = self(hidden).flatten(0, 1)
         if scores.dtype != torch.float64:
             scores = scores.float()  # bfloat16 under autocast is too coarse for a logarithm
