@@ -12,7 +12,12 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-QUICK = {"encode_text": ["--megabytes", "2", "--runs", "1"], "bptt": ["--quick"], "language_model": ["--quick"]}
+QUICK = {
+    "encode_text": ["--megabytes", "2", "--runs", "1"],
+    "bptt": ["--quick"],
+    "native": ["--quick"],
+    "language_model": ["--quick"],
+}
 
 
 def main() -> int:
