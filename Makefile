@@ -12,10 +12,14 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL = $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint constraints.txt $(EDITABLE)
+# What builds the package is pinned too, for which older and newer pips have one of these.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+INSTALL = $(PINNED) $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint constraints.txt \
+	$(EDITABLE)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short setup check test test-heavy bench format dist lock clean
+.PHONY: help demo demo-short setup check test test-heavy test-without-native test-native test-arm bench format dist \
+	lock clean try-again
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -40,6 +44,45 @@ test: check ## everything that everyone runs: check, then the tests
 test-heavy: $(VENV)/.installed-dev ## the heavy samples (pytest -m slow), minutes each
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
+test-without-native: $(VENV)/.installed-dev ## install without a compiler and without Python's headers, and test that
+	$(BIN)/python -m pytest -m slow --timeout=1800 tests/test_install.py
+
+# Three builds of the kernels with tests/native/driver.cc: as they are shipped, under AddressSanitizer and UBSan, and
+# under ThreadSanitizer. The first must hold no function of a file for one instruction set that the linker could take
+# for another file's of the same name: on a processor without that set it would crash.
+test-native: ## test the C++ kernels without Python, plain and under sanitizers
+	$(call need,c++,g++)
+	$(call need,nm,binutils)
+	$(call need,cmake,cmake)
+	$(call build-driver,plain,)
+	@! nm -A -C --defined-only build/native/plain/src/native/libunrolled_kernels.a | grep -E ':isa_avx[^:]*:[0-9a-f]* W ' \
+		| grep -v __clang_call_terminate || \
+		{ echo 'these must be inlined, or stand in an unnamed namespace or in that of the instruction set' >&2; exit 1; }
+	build/native/plain/driver
+	$(call build-driver,memory,-DUNROLLED_SANITIZE=address$(comma)undefined $(DEBUG))
+	build/native/memory/driver
+	$(call build-driver,thread,-DUNROLLED_SANITIZE=thread $(DEBUG))
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/native/thread/driver
+
+# Where the libraries of Debian's cross-compiler are.
+ARM_LIBRARIES ?= /usr/aarch64-linux-gnu
+test-arm: ## test the C++ kernels for 64-bit ARM, in an emulator
+	$(call need,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
+	$(call need,qemu-aarch64,qemu-user)
+	$(call need,cmake,cmake)
+	$(call build-driver,arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++)
+	qemu-aarch64 -L $(ARM_LIBRARIES) build/native/arm/driver --quick
+
+comma := ,
+# Assertions on, and optimised enough to be quick.
+DEBUG := -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG='-O1 -g'
+need = @command -v $(1) >/dev/null || { echo '"make $@" needs $(1); on Debian or Ubuntu: apt install $(2)' >&2; exit 1; }
+define build-driver
+cmake -S . -B build/native/$(1) -DUNROLLED_PYTHON=OFF -DUNROLLED_DRIVER=ON $(2)
+MAKEFLAGS=--no-print-directory cmake --build build/native/$(1) --parallel $$(nproc 2>/dev/null || echo 2)
+endef
+
 bench: $(VENV)/.installed-dev ## measure against torch on this machine
 	$(BIN)/python -m benchmarks
 
@@ -48,14 +91,16 @@ format: $(VENV)/.installed-dev ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/
-	$(BIN)/python -m build
+	$(PINNED) $(BIN)/python -m build
 
 # The pins come from a resolution of their own, so that nothing installed by hand slips in. torch stays at its pin
 # unless TORCH=2.14.0 says otherwise; its local version (+cpu) and the CUDA packages, which it pins itself, are left out.
 lock: ## resolve the newest dependencies and rewrite constraints.txt
 	rm -rf build/lock && $(find-python) && "$$python" -m venv build/lock
+	build/lock/bin/python -c 'import tomllib; system = tomllib.load(open("pyproject.toml", "rb"))["build-system"]; \
+		print(*system["requires"], sep="\n")' > build/lock/requires
 	build/lock/bin/python -m pip --disable-pip-version-check install --upgrade --upgrade-strategy eager \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(if $(TORCH),torch==$(TORCH)) '.[dev]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(if $(TORCH),torch==$(TORCH)) '.[dev]' -r build/lock/requires
 	{ echo '# The exact versions that are tested, written by `make lock`; pyproject.toml holds the ranges.'; \
 	  build/lock/bin/python -m pip freeze --all --exclude unrolled --exclude pip \
 	  | sed -E 's/\+.*//; s/ @ .*//' | grep -viE '^(nvidia-|cuda-|triton)'; } > build/constraints.txt
@@ -86,13 +131,30 @@ define tell-size
 	echo "Installing torch. If pip now fetches several GB for CUDA and you have no use for them, stop it and see: make help"
 endef
 
-# The stamps: installed once, and again when what is to be installed has changed.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+# The stamps: installed once, and again when what is to be installed has changed. An editable install knows its modules
+# by name, so a module that is added, moved or removed counts too.
+NATIVE := CMakeLists.txt $(wildcard src/native/*)
+MODULES := $(VENV)/.modules-$(shell find src/unrolled -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+# Where the extension could not be built, `make setup` tries again; the other targets go on without it.
+AGAIN := $(if $(filter setup,$(MAKECMDGOALS)),$(if $(wildcard $(VENV)/.without-native),try-again))
+
+define tell-native
+@if $(BIN)/python -c 'import unrolled._native' 2>/dev/null; then rm -f $(VENV)/.without-native; \
+else touch $(VENV)/.without-native; \
+	echo 'Installed without the C++ extension, so with slower layers. Why, and what mends it: $(BIN)/unrolled doctor'; fi
+endef
+
+$(MODULES): | $(BIN)/python
+	@rm -f $(VENV)/.modules-* && touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(MODULES) $(AGAIN) | $(BIN)/python
 	$(tell-size)
 	$(INSTALL) .
+	$(tell-native)
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(NATIVE) $(MODULES) $(AGAIN) | $(BIN)/python
 	$(tell-size)
 	$(INSTALL) '.[dev]'
+	$(tell-native)
 	@touch $@ $(VENV)/.installed
