@@ -122,8 +122,7 @@ def fewest(blocks: int, state: int, taped: int, room: int) -> int | None:
 def plans(draw: st.DrawFn, most: int = 60) -> tuple[int, int, int, int]:
     """(blocks, state, tape, budget), possible."""
     blocks, state, taped = draw(st.integers(1, most)), draw(st.integers(0, 9)), draw(st.integers(0, 40))
-    least = taped + (state if blocks > 1 else 0)
-    return blocks, state, taped, draw(st.integers(least, max(least, blocks * taped)))
+    return blocks, state, taped, draw(st.integers(min(taped + state, blocks * taped), blocks * taped))
 
 
 @given(plans())
@@ -179,7 +178,7 @@ def test_with_room_for_every_tape_nothing_is_computed_twice(blocks: int, state: 
     assert schedule.cost() == 0
 
 
-@given(st.integers(2, 200), st.integers(0, 9), st.integers(1, 40))
+@given(st.integers(2, 200), st.integers(0, 9), st.integers(9, 40))
 def test_the_least_room_holds_a_tape_and_a_state(blocks: int, state: int, taped: int) -> None:
     """Every block is then reached from the first one anew."""
     assert plan(blocks, state, taped, taped + state).cost() <= blocks * (blocks + 1) // 2 - blocks
@@ -312,7 +311,8 @@ def test_a_tape_budget_is_full_bptt_bit_for_bit(
     inputs = data.draw(st.none() | lookups(case))
     options: dict[str, Any] = {"inputs": inputs, "autocast": autocast, **asked}
     with blocks_of(size):
-        needs = costs_of(case, inputs, dtype, **{"all_states": True, **asked})
+        given = inputs if inputs is None or inputs.table is None else Lookup(inputs.ids, leaf(inputs.table))
+        needs = costs_of(case, given, dtype, **{"all_states": True, **asked})
         # Autocast takes more scratch memory, which `costs` sees under autocast only.
         room = int(needs.least + share * (needs.full - needs.least)) + (2**22 if autocast else 0)
         expected = run_case(case, "tape", dtype, **options)
@@ -606,7 +606,7 @@ def test_the_measured_peak_is_within_the_budget(name: str, kind: str) -> None:
         )
         for room in (needs.least, (3 * needs.least + needs.full) // 4):
             most, left = peak(one_pass(cell, x, wanted, room, **options))
-            assert most <= room
+            assert 0.2 * room <= most <= room
             # Nothing stays behind, but for results that share their memory with a first state.
             assert left <= 2 * batch * hidden * dtype.itemsize
 
@@ -640,6 +640,17 @@ def test_a_thousand_steps_at_5_percent_of_the_tape_are_planned_for_a_third_more(
     schedule = needs.plan(room)
     assert needs.fixed + play(schedule, needs.state, needs.tape)[1] <= room
     assert (3 * needs.blocks + schedule.cost()) / (3 * needs.blocks) <= 4 / 3
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_stay_within_5_percent_of_the_tape() -> None:
+    """As measured; full BPTT takes more than the tape."""
+    cell, x, room = long_lstm()
+    wanted = [t for t in cell.weights if t is not None]
+    most, left = peak(one_pass(cell, x, wanted, room, outputs=False))
+    assert most <= room
+    assert left <= 2 * 32 * 256 * 4
+    assert peak(one_pass(cell, x, wanted, None, outputs=False))[0] >= 20 * room
 
 
 @pytest.mark.slow

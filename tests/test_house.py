@@ -23,7 +23,7 @@ PACKAGE = ROOT / "src" / "unrolled"
 FLOORS = """
     errors storage config allocator progress
     native cells vocabulary attention
-    tape unroll
+    budget tape fused unroll
     nn
     kinds
     model data

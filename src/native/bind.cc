@@ -51,7 +51,22 @@ struct Direction {
     explicit Direction(nb::tuple t)
         : ih(t[0], "weight_ih"), hh(t[1], "weight_hh"), bias_ih(t[2], "bias_ih"), bias_hh(t[3], "bias_hh"),
           table(t[4], "table"), h0(t[5], "h_0"), c0(t[6], "c_0"), reset(t[7], "reset") {}
+
+    Direction(nb::handle ih_, nb::handle hh_, nb::handle bias_ih_, nb::handle bias_hh_, TensorView h0_, TensorView c0_)
+        : ih(ih_, "weight_ih"), hh(hh_, "weight_hh"), bias_ih(bias_ih_, "bias_ih"), bias_hh(bias_hh_, "bias_hh"),
+          table(nb::none(), "table"), h0(std::move(h0_)), c0(std::move(c0_)), reset(nb::none(), "reset") {}
 };
+
+using Packs = std::vector<std::optional<const Pack*>>;
+
+std::vector<Direction> read_directions(const std::vector<nb::tuple>& tuples) {
+    std::vector<Direction> each;
+    for (const nb::tuple& t : tuples) {
+        if (nb::len(t) != 8) refuse("directions: expected tuples of 8, got " + std::to_string(nb::len(t)));
+        each.emplace_back(t);
+    }
+    return each;
+}
 
 // What forward and backward are both given, checked.
 struct Given {
@@ -67,20 +82,14 @@ struct Given {
     Packed packed[2] = {};
     Views read;
 
-    Given(int cell_number, bool bf16_, const std::vector<bool>& reverses, nb::handle x_, nb::handle ids_, nb::handle lengths_,
-          const std::vector<nb::tuple>& directions_, const std::vector<std::optional<const Pack*>>& packs, bool backward,
-          int64_t block)
-        : cell(cell_of(cell_number)), bf16(bf16_), directions(static_cast<int>(directions_.size())), x(x_, "x"),
-          ids(ids_, "ids"), lengths(lengths_, "lengths") {
+    Given(int cell_number, bool bf16_, const std::vector<bool>& reverses, TensorView x_, TensorView ids_, TensorView lengths_,
+          std::vector<Direction> directions_, const Packs& packs, bool backward, int64_t block)
+        : cell(cell_of(cell_number)), bf16(bf16_), directions(static_cast<int>(directions_.size())), x(std::move(x_)),
+          ids(std::move(ids_)), lengths(std::move(lengths_)), each(std::move(directions_)) {
         if (directions < 1 || directions > 2) refuse("directions: expected 1 or 2, got " + std::to_string(directions));
-        if (reverses.size() != directions_.size()) refuse("reverse: expected one value for each direction");
+        if (reverses.size() != each.size()) refuse("reverse: expected one value for each direction");
         if (x.given() == ids.given()) refuse("expected either x or ids");
         if (block < 1) refuse("block: expected at least 1 step, got " + std::to_string(block));
-        each.reserve(2);
-        for (const nb::tuple& t : directions_) {
-            if (nb::len(t) != 8) refuse("directions: expected tuples of 8, got " + std::to_string(nb::len(t)));
-            each.emplace_back(t);
-        }
         const int64_t G = gates(cell);
         Direction& one = each[0];
         one.hh.expect(Kind::float32, {-1, -1});
@@ -164,10 +173,11 @@ float* optional_out(const TensorView& view, std::initializer_list<int64_t> shape
 }
 
 void forward(int cell, bool bf16, const std::vector<bool>& reverse, nb::handle x, nb::handle ids, nb::handle lengths,
-             const std::vector<nb::tuple>& directions, const std::vector<std::optional<const Pack*>>& packs,
+             const std::vector<nb::tuple>& directions, const Packs& packs,
              nb::handle outputs_, const std::vector<nb::tuple>& results, int threads) {
     expect_threads(threads);
-    const Given given(cell, bf16, reverse, x, ids, lengths, directions, packs, false, 1);
+    const Given given(cell, bf16, reverse, {x, "x"}, {ids, "ids"}, {lengths, "lengths"}, read_directions(directions), packs,
+                      false, 1);
     const auto [T, B, I, H, lengths_, reset_, block_] = given.extent;
     Forward f{};
     f.cell = given.cell, f.bf16 = bf16, f.directions = given.directions, f.extent = given.extent, f.inputs = given.inputs;
@@ -197,13 +207,73 @@ void forward(int cell, bool bf16, const std::vector<bool>& reverse, nb::handle x
     kernels().forward(f, threads);
 }
 
+// A stack of layers on a dense batch, for inference: what `forward` would do layer by layer, in one call, since for a single
+// step the ways between Python and here take longer than the arithmetic.
+// weights: two or four (`bias`) for each direction; h0, c0, h, c [layers*D B H].
+void stack(int cell, bool bf16, bool both, bool bias, nb::handle x_, const nb::sequence& weights, nb::handle h0_,
+           nb::handle c0_, nb::handle outputs_, nb::handle h_, nb::handle c_, const Packs& packs, int threads) {
+    expect_threads(threads);
+    const int64_t directions = both ? 2 : 1, each = bias ? 4 : 2;
+    TensorView x(x_, "x");
+    const TensorView h0(h0_, "h_0"), c0(c0_, "c_0"), outputs(outputs_, "outputs"), h(h_, "h_n"), c(c_, "c_n");
+    x.expect(Kind::float32, {-1, -1, -1}).expect_last_contiguous();
+    const int64_t T = x.size(0), B = x.size(1);
+    h0.expect(Kind::float32, {-1, B, -1}).expect_contiguous();
+    const int64_t count = h0.size(0), H = h0.size(2);
+    const bool lstm = cell_of(cell) == Cell::lstm;
+    h.expect(Kind::float32, {count, B, H}).expect_contiguous();
+    if (lstm) {
+        c0.expect(Kind::float32, {count, B, H}).expect_contiguous();
+        c.expect(Kind::float32, {count, B, H}).expect_contiguous();
+    }
+    outputs.expect(Kind::float32, {T, B, directions * H}).expect_contiguous();
+    const nb::list list(weights);
+    if (count < 1 || count % directions != 0 || static_cast<int64_t>(nb::len(list)) != count * each)
+        refuse("weights: expected " + std::to_string(count * each) + " tensors, got " + std::to_string(nb::len(list)));
+    if (!packs.empty() && static_cast<int64_t>(packs.size()) != count) refuse("packs: expected one for each direction");
+    expect_apart({&outputs, &h, &c}, {&x, &h0, &c0});
+    const std::vector<bool> reverse = both ? std::vector<bool>{false, true} : std::vector<bool>{false};
+    Scratch between[2];  // outputs of the layers below the last one, in turn
+    for (int64_t k = 0; k < count; k += directions) {
+        std::vector<Direction> ways;
+        Packs own;
+        for (int64_t d = k; d < k + directions; ++d) {
+            const auto weight = [&](int64_t i) { return i < each ? nb::handle(list[static_cast<size_t>(d * each + i)]) : nb::none(); };
+            ways.emplace_back(weight(0), weight(1), weight(2), weight(3), h0.part(d), c0.part(d));
+            if (!packs.empty()) own.push_back(packs[static_cast<size_t>(d)]);
+        }
+        const Given given(cell, bf16, reverse, x, {nb::none(), "ids"}, {nb::none(), "lengths"}, std::move(ways), own, false, 1);
+        Forward f{};
+        f.cell = given.cell, f.bf16 = bf16, f.directions = given.directions, f.extent = given.extent, f.inputs = given.inputs;
+        if (f.extent.H != H) refuse("weight_hh: expected " + std::to_string(H) + " hidden units, as h_0 has");
+        const bool last = k + directions == count;
+        Scratch& mine = between[(k / directions) & 1];
+        if (!last) mine = Scratch(static_cast<size_t>(T * B * directions * H) * 4);
+        f.outputs = last ? outputs.as<float>() : mine.as<float>();
+        for (int d = 0; d < f.directions; ++d) {
+            f.reverse[d] = given.reverse[d];
+            f.weights[d] = given.weights[d], f.packed[d] = given.packed[d];
+            f.h0[d] = given.h0(d), f.c0[d] = given.c0(d);
+            f.h_n[d] = h.as<float>() + (k + d) * B * H;
+            f.c_n[d] = lstm ? c.as<float>() + (k + d) * B * H : nullptr;
+        }
+        expect_apart({&outputs, &h, &c}, given.read);
+        {
+            nb::gil_scoped_release unlocked;
+            kernels().forward(f, threads);
+        }
+        if (!last) x = TensorView(f.outputs, T, B, directions * H, "x");
+    }
+}
+
 void backward(int cell, bool bf16, const std::vector<bool>& reverse, nb::handle x, nb::handle ids, nb::handle lengths,
-              const std::vector<nb::tuple>& directions, const std::vector<std::optional<const Pack*>>& packs,
+              const std::vector<nb::tuple>& directions, const Packs& packs,
               nb::handle outputs_, const std::vector<nb::tuple>& tapes, nb::handle d_outputs_,
               const std::vector<nb::tuple>& d_states, nb::handle d_x_, const std::vector<nb::tuple>& results, int64_t block,
               int threads) {
     expect_threads(threads);
-    const Given given(cell, bf16, reverse, x, ids, lengths, directions, packs, true, block);
+    const Given given(cell, bf16, reverse, {x, "x"}, {ids, "ids"}, {lengths, "lengths"}, read_directions(directions), packs,
+                      true, block);
     const auto [T, B, I, H, lengths_, reset_, block_] = given.extent;
     const int64_t G = given.G(), V = given.inputs.symbols;
     Backward b{};
@@ -469,6 +539,8 @@ NB_MODULE(_native, m) {
     nb::class_<Pack>(m, "Pack");
     m.def("forward", &forward, arg("cell"), arg("bf16"), arg("reverse"), arg("x").none(), arg("ids").none(),
           arg("lengths").none(), arg("directions"), arg("packs"), arg("outputs"), arg("results"), arg("threads"));
+    m.def("stack", &stack, arg("cell"), arg("bf16"), arg("both"), arg("bias"), arg("x"), arg("weights"), arg("h_0"),
+          arg("c_0").none(), arg("outputs"), arg("h_n"), arg("c_n").none(), arg("packs"), arg("threads"));
     m.def("backward", &backward, arg("cell"), arg("bf16"), arg("reverse"), arg("x").none(), arg("ids").none(),
           arg("lengths").none(), arg("directions"), arg("packs"), arg("outputs"), arg("tapes"), arg("d_outputs").none(),
           arg("d_states"), arg("d_x").none(), arg("results"), arg("block"), arg("threads"));

@@ -43,7 +43,7 @@ void operand_rows(const float* x, int64_t stride, int64_t first, int64_t last, i
     }
 }
 
-constexpr double linear_flop_for_threads = 400e3;
+constexpr double linear_flop_for_threads = 100e3;
 constexpr int64_t rows_at_once = 96;  // rows whose operands are at hand at the same time
 
 template <class Number>

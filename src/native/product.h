@@ -271,8 +271,34 @@ UNROLLED_INLINE void multiply_panel(Sums<R, Panels::NV>& sums, const Panels& pan
         multiply<Number, R, Panels::NV>(sums, rows, 0, operand.packed + panel * panel_elements<Number, Panels>(operand.K), K);
         return;
     }
+    int64_t k = 0;
+#if UNROLLED_LANES == 16
+    // Float32, whole vectors: sixteen k's of each vector are turned in registers and used at once.
+    if constexpr (std::is_same_v<Number, Float32> && R <= rows_packed_on_the_way) {
+        bool whole = true;
+        for (int v = 0; v < Panels::NV; ++v) whole = whole && panels.valid(panel, v) == L;
+        if (whole)
+            for (; k + L <= operand.K; k += L)
+#pragma GCC unroll 8
+                for (int v = 0; v < Panels::NV; ++v) {
+                    // The next panel's rows lie behind this one's, and are asked for in that order: sixteen rows at once are
+                    // more streams than a processor follows by itself.
+                    const float* rows_of_panel = operand.rows + panels.column(panel, v) * operand.stride;
+#pragma GCC unroll 16
+                    for (int i = 0; i < L; ++i)
+                        __builtin_prefetch(rows_of_panel + L * (operand.stride + k + i), 0, 2);
+                    vf block[L];
+                    load_transposed(rows_of_panel + k, operand.stride, block);
+#pragma GCC unroll 16
+                    for (int i = 0; i < L; ++i)
+#pragma GCC unroll 8
+                        for (int r = 0; r < R; ++r)
+                            sums.of[r][v] = splat(rows[r][k + i]) * block[i] + sums.of[r][v];
+                }
+    }
+#endif
     alignas(64) ElementOf<Number> buffer[piece * Panels::NV * L];
-    for (int64_t k = 0; k < operand.K; k += piece) {
+    for (; k < operand.K; k += piece) {
         const int64_t end = std::min(k + piece, operand.K);
         pack_rows<Number>(panels, panel, operand.rows, operand.stride, k, end, buffer);
         multiply<Number, R, Panels::NV>(sums, rows, k, buffer, padded<Number>(end - k));

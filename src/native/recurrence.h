@@ -49,7 +49,7 @@ struct Plan {
 };
 
 constexpr int64_t rows_for_units = 6;           // fewer rows than this for each thread: share by units
-constexpr double flop_for_threads = 400e3;      // a step or call below it is not worth waking a thread for
+constexpr double flop_for_threads = 100e3;      // a step or call below it is not worth waking a thread for
 
 Plan make_plan(const Extent& extent, Cell cell, int directions, int threads) {
     Plan plan{extent, threads, false, {}};

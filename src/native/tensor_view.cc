@@ -101,6 +101,20 @@ TensorView::TensorView(nb::handle object, const char* name) : name_(name) {
     lanes_ = array.dtype().lanes;
 }
 
+TensorView::TensorView(float* data, int64_t T, int64_t B, int64_t F, const char* name)
+    : name_(name), given_(true), data_(data), code_(code_float), bits_(32), device_(cpu), dimensions_(3), shape_{T, B, F},
+      strides_{B * F, F, 1} {}
+
+TensorView TensorView::part(int64_t index) const {
+    TensorView view = *this;
+    if (!given_) return view;
+    if (data_ != nullptr) view.data_ = static_cast<char*>(data_) + index * strides_[0] * (bits_ / 8);
+    view.dimensions_ = dimensions_ - 1;
+    std::copy(shape_ + 1, shape_ + dimensions_, view.shape_);
+    std::copy(strides_ + 1, strides_ + dimensions_, view.strides_);
+    return view;
+}
+
 void TensorView::read_exchange(const void* pointer) {
     const DlTensor& tensor = *static_cast<const DlTensor*>(pointer);
     if (tensor.ndim > most_dimensions) refuse("at most 4 dimensions", std::to_string(tensor.ndim));

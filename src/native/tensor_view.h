@@ -21,6 +21,8 @@ class TensorView {
 public:
     // Reads `object`; `name` is how error messages call it.
     TensorView(nb::handle object, const char* name);
+    // A float32 `[T B F]` in memory of our own.
+    TensorView(float* data, int64_t T, int64_t B, int64_t F, const char* name);
 
     explicit operator bool() const { return data_ != nullptr || given_; }
     bool given() const { return given_; }
@@ -28,6 +30,9 @@ public:
     int dimensions() const { return dimensions_; }
     int64_t size(int dimension) const { return shape_[dimension]; }
     int64_t stride(int dimension) const { return strides_[dimension]; }
+
+    // Entry `index` of the first dimension; nothing where there is no tensor. Check the shape first.
+    TensorView part(int64_t index) const;
 
     // Raise ValueError unless the tensor is of this kind and shape (-1: any size) and on the CPU.
     const TensorView& expect(Kind kind, std::initializer_list<int64_t> shape) const;

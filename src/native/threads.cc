@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -25,9 +26,13 @@ public:
         if (!busy.owns_lock()) return false;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(workers_.size()) < count - 1) {
-                const int index = static_cast<int>(workers_.size()) + 1;
-                workers_.emplace_back([this, index, seen = round_] { serve(index, seen); });
+            try {
+                while (static_cast<int>(workers_.size()) < count - 1) {
+                    const int index = static_cast<int>(workers_.size()) + 1;
+                    workers_.emplace_back([this, index, seen = round_] { serve(index, seen); });
+                }
+            } catch (const std::exception&) {  // no more threads can be had: those that there are do the work
+                count = static_cast<int>(workers_.size()) + 1;
             }
             work_ = work;
             context_ = context;

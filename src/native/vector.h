@@ -166,8 +166,7 @@ UNROLLED_INLINE void transpose(vf (&v)[L]) {
     transpose_stage<1>(v);
 }
 
-// block[i] = element i of each of the L rows `from + j * stride`. What comes L * 4 elements later in each row is asked for
-// from memory meanwhile.
+// block[i] = element i of each of the L rows `from + j * stride`.
 UNROLLED_INLINE void load_transposed(const float* from, int64_t stride, vf (&block)[L]) {
 #if UNROLLED_LANES == 16
     // Four elements of every fourth row side by side; then four by four within these.
@@ -189,8 +188,6 @@ UNROLLED_INLINE void load_transposed(const float* from, int64_t stride, vf (&blo
         block[4 * q + 2] = vf(_mm512_shuffle_ps(b, d, 0x44));
         block[4 * q + 3] = vf(_mm512_shuffle_ps(b, d, 0xee));
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) __builtin_prefetch(from + i * stride + 64);
 #else
     for (int i = 0; i < L; ++i) block[i] = load(from + i * stride);
     transpose(block);

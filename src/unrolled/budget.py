@@ -158,8 +158,8 @@ class Costs(NamedTuple):
 
     @property
     def least(self) -> int:
-        """The least budget in which it is possible: one tape, and a state to compute the others' states from."""
-        return self.fixed + self.tape + (self.state if self.blocks > 1 else 0)
+        """The least budget in which it is possible."""
+        return self.fixed + _least(self.blocks, self.state, self.tape)
 
     @property
     def full(self) -> int:
@@ -192,6 +192,11 @@ def divide(budget: int, runs: Sequence[tuple[int, int]]) -> list[int]:
     return [low + rest * (high - low) // wanted for low, high in runs]
 
 
+def _least(blocks: int, state: int, tape: int) -> int:
+    """One tape, and if there are more the state before it; or all tapes, if these take less."""
+    return min(blocks * tape, tape + state)
+
+
 @lru_cache(maxsize=64)
 def plan(blocks: int, state: int, tape: int, budget: int) -> Schedule:
     """The schedule that computes least again among those that never keep more than `budget`.
@@ -211,7 +216,7 @@ def plan(blocks: int, state: int, tape: int, budget: int) -> Schedule:
                                                                     the state and begin again with the first y
 
     which is the paper's recurrence: its third choice, to keep the tape of block y alone, is the second one followed by
-    the first. n blocks need a tape, and a state if there is more than one.
+    the first. The state that a tape was made from stays until the block has gone backward.
 
     All t and m are computed, t^2/2 numbers for each m. m is counted in the greatest common unit of state and tape, so
     that the plan is optimal, as long as that means at most 10^8 numbers (a third of a second). Above, costs are rounded
@@ -221,7 +226,7 @@ def plan(blocks: int, state: int, tape: int, budget: int) -> Schedule:
     Raises:
         ConfigError: not possible in this budget; the message names the least that is.
     """
-    least = tape + (state if blocks > 1 else 0)
+    least = _least(blocks, state, tape)
     if budget < least:
         raise ConfigError(f"not possible in a budget of {budget:,}: expected at least {least:,}")
     if blocks * tape <= budget:

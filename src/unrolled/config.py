@@ -389,7 +389,7 @@ def _contradictions(config: Config) -> Iterable[str]:
     if training.tape_budget is not None and training.backend == "reference":
         yield (
             f"training.tape_budget: backend reference keeps all that autograd does: expected null, or training.backend "
-            f"auto or tape, got {training.tape_budget}"
+            f"auto, native or tape, got {training.tape_budget}"
         )
     if core.bidirectional and config.output.kind == "next":
         yield (

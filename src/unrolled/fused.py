@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unrolled import budget, native
 from unrolled.budget import Blocks, Costs, Tensors
-from unrolled.cells import BoundCell, HiddenState, Lookup, LSTMState
+from unrolled.cells import EQUATIONS, BoundCell, HiddenState, Lookup, LSTMState
 from unrolled.native import Direction, Gradients
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ __all__ = ["contributions", "costs", "layer", "supports"]
 
 def supports(cell: BoundCell) -> str | None:
     """None if `layer` can run this cell here, else the reason why not."""
-    return native.unsuited(cell.weights.hh, cell.equation.name)
+    if EQUATIONS.get(cell.equation.name) is not cell.equation:
+        return f"the equation {cell.equation.name!r} is not a built-in one"
+    return native.unsuited(cell.weights.hh)
 
 
 def layer(

@@ -49,6 +49,7 @@ __all__ = [
     "Writer",
     "backward_into",
     "cross_entropy",
+    "direct",
     "forward_into",
     "freeze",
     "instruction_sets",
@@ -148,6 +149,17 @@ def unsuited(weight: Tensor, name: str | None = None) -> str | None:
 
 def _bf16() -> bool:
     return torch.is_autocast_enabled("cpu")
+
+
+def direct(weights: Sequence[Tensor]) -> bool:
+    """Whether a call with these weights may go to the kernels without an operator's detour. Cheap, for single steps."""
+    if _native is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False
+    return all(w.is_cpu and w.dtype is torch.float32 and w.is_contiguous() for w in weights)
 
 
 def plain() -> bool:
@@ -287,39 +299,34 @@ def stack(
 
     weights: in the order of torch.nn's layers, two or four (`bias`) for each direction (two if `both`).
     """
-    number, bf16, threads = CELLS[name], torch.is_autocast_enabled("cpu"), torch.get_num_threads()
-    directions, each = (2 if both else 1), (4 if bias else 2)
-    reverse = [False, True] if both else [False]
-    steps, batch, _ = x.shape
-    count, _, hidden = h0.shape
-    if not h0.is_contiguous():
-        h0 = h0.contiguous()
-    if c0 is not None and not c0.is_contiguous():
-        c0 = c0.contiguous()
-    h = torch.empty(count, batch, hidden)
-    c = None if c0 is None else torch.empty(count, batch, hidden)
-    if x.stride(2) != 1 and x.shape[2] != 1:
+    bf16 = torch.is_autocast_enabled("cpu")
+    steps, batch, width = x.shape
+    if x.stride(2) != 1 and width != 1:
         x = x.contiguous()
-    for k in range(0, count, directions):
-        outputs = torch.empty(steps, batch, directions * hidden)
-        given, results = [], []
-        packs: tuple[Any, ...] = ()
-        kept = frozen[k // directions] if frozen is not None else None
-        if kept is not None and kept.bf16 == bf16:
-            packs = kept.packs
-        for d in range(k, k + directions):
-            if kept is not None and packs:
-                ih, hh, bias_ih, bias_hh = kept.directions[d - k]
-            else:
-                ih, hh, *biases = weights[d * each : (d + 1) * each]
-                bias_ih, bias_hh = biases if bias else (None, None)
-                if not (ih.is_contiguous() and hh.is_contiguous()):
-                    ih, hh = ih.contiguous(), hh.contiguous()
-            given.append((ih, hh, bias_ih, bias_hh, None, h0[d], None if c0 is None else c0[d], None))
-            results.append((h[d], None if c is None else c[d], None, None))
-        _native.forward(number, bf16, reverse, x, None, None, given, packs, outputs, results, threads)
-        x = outputs
-    return x, h, c
+    h0 = h0.contiguous()
+    h = torch.empty_like(h0)
+    c = None if c0 is None else torch.empty_like(h0)
+    outputs = torch.empty(steps, batch, h0.shape[2] * (2 if both else 1))
+    packs: list[Any] = []
+    if frozen is not None and frozen[0].bf16 == bf16:
+        packs = [pack for layer in frozen for pack in layer.packs]
+        weights = [t for layer in frozen for ways in layer.directions for t in ways[: 4 if bias else 2]]  # type: ignore[misc]
+    _native.stack(
+        CELLS[name],
+        bf16,
+        both,
+        bias,
+        x,
+        weights,
+        h0,
+        None if c0 is None else c0.contiguous(),
+        outputs,
+        h,
+        c,
+        packs,
+        torch.get_num_threads(),
+    )
+    return outputs, h, c
 
 
 def forward_into(

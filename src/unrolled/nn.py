@@ -16,9 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from unrolled import cells as _cells
 from unrolled import fused, native
-from unrolled.cells import BoundCell, Equation, GatedCell, Lookup, State, Weights, build_cell, initialise, map_state
+from unrolled.cells import (
+    EQUATIONS,
+    BoundCell,
+    Equation,
+    GatedCell,
+    Lookup,
+    State,
+    Weights,
+    build_cell,
+    initialise,
+    map_state,
+)
 from unrolled.errors import ConfigError, ModelError, ShapeError, expect_shape
 from unrolled.unroll import (
     Unrolled,
@@ -327,6 +337,10 @@ class Core(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------ drop-ins
 
 
+_NAMES = {"RNN_TANH": "rnn", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+"""The equations' names by what torch calls a layer's mode."""
+
+
 class _DropIn(torch.nn.RNNBase):
     """What the three drop-ins share. They are torch.nn's classes with another `forward`, so constructor,
     parameters, `state_dict`, `isinstance` and pickling are torch's own."""
@@ -346,11 +360,7 @@ class _DropIn(torch.nn.RNNBase):
     _frozen: tuple[Any, ...] | None = None  # see `freeze`
 
     def _equation(self) -> Equation:
-        if self.mode == "LSTM":
-            return _cells.LSTM.equation
-        if self.mode == "GRU":
-            return _cells.GRU.equation
-        return _cells.RNN.equation if self.mode == "RNN_TANH" else _cells.ReluRNN.equation
+        return EQUATIONS[_NAMES[self.mode]]
 
     def cells(self) -> list[list[BoundCell]]:
         """The cells on this layer's own parameters: `[layer][direction]`; direction 1 reads in reverse."""
@@ -434,37 +444,35 @@ class _DropIn(torch.nn.RNNBase):
         One step of one row is some ten microseconds of arithmetic: every look at a tensor counts.
         """
         weights: Any = self._flat_weights
-        first = weights[1]
+        grad = torch.is_grad_enabled()
         if (
             type(input) is not Tensor
             or input.dim() != 3
             or input.dtype is not torch.float32
             or input.shape[2] != self.input_size
-            or (self.training and (self.dropout or self.recurrent_dropout))
             or self.backend not in ("auto", "native")
-            or (torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights)))
-            or not native.plain()
-            or native.unsuited(first, self._equation().name) is not None
+            or (self.training and (self.dropout or self.recurrent_dropout))
+            or (grad and (input.requires_grad or any(w.requires_grad for w in weights)))
+            or not native.direct(weights)
         ):
             return None
         lstm = self.mode == "LSTM"
         x = input.transpose(0, 1) if self.batch_first else input
-        batch, hidden = x.shape[1], self.hidden_size
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        shape = (count, batch, hidden)
+        shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
         if hx is None:
             h0 = torch.zeros(shape)
             c0 = h0 if lstm else None
         else:
             h0, c0 = hx if lstm and type(hx) is tuple and len(hx) == 2 else (hx, None)
             for field in (h0, c0) if lstm else (h0,):
-                if type(field) is not Tensor or field.shape != shape or field.dtype is not torch.float32:
+                if (
+                    type(field) is not Tensor
+                    or field.shape != shape
+                    or field.dtype is not torch.float32
+                    or (grad and field.requires_grad)
+                ):
                     return None
-                if torch.is_grad_enabled() and field.requires_grad:
-                    return None
-        out, h, c = native.stack(
-            self._equation().name, x, weights, h0, c0, bool(self.bias), self.bidirectional, self._frozen
-        )
+        out, h, c = native.stack(_NAMES[self.mode], x, weights, h0, c0, self.bias, self.bidirectional, self._frozen)
         return (out.transpose(0, 1) if self.batch_first else out), ((h, c) if lstm else h)
 
     def _drops(self) -> bool:

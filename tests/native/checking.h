@@ -19,12 +19,18 @@ namespace driver {
 using namespace unrolled;
 
 // Which sanitizer the driver is built with: some checks are its business then, and some it cannot bear.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool address_sanitizer = true;
+#if defined(__has_feature)
+#define DRIVER_HAS_FEATURE(feature) __has_feature(feature)
 #else
-constexpr bool address_sanitizer = false;
+#define DRIVER_HAS_FEATURE(feature) 0
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_ADDRESS__) || DRIVER_HAS_FEATURE(address_sanitizer)
+#define DRIVER_ADDRESS_SANITIZER 1
+#else
+#define DRIVER_ADDRESS_SANITIZER 0
+#endif
+constexpr bool address_sanitizer = DRIVER_ADDRESS_SANITIZER;
+#if defined(__SANITIZE_THREAD__) || DRIVER_HAS_FEATURE(thread_sanitizer)
 constexpr bool thread_sanitizer = true;
 #else
 constexpr bool thread_sanitizer = false;

@@ -1,8 +1,10 @@
 // What the kernels stand on: the choice of an instruction set, threads, scratch memory, and life after a fork.
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdio>
 #include <stdexcept>
 #include <thread>
 
@@ -154,20 +156,48 @@ void check_memory() {
     to.check(scratch_held() <= size_t{65} << 20, "held", "keeps more than it should");
 }
 
+// The exit status of a child process that runs `work`; -1 if it was killed.
+template <class Work>
+int status_of_child(Work work) {
+    const pid_t child = fork();
+    if (child == 0) _exit(work());
+    int status = -1;
+    if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status)) return -1;
+    return WEXITSTATUS(status);
+}
+
+// With an address space that has room for a few stacks only. (Root may have as many threads as it likes otherwise.)
+void check_too_many_threads() {
+    // Sanitizers and the emulator need an address space of their own.
+    if (address_sanitizer || thread_sanitizer || options.quick) return;
+    const int status = status_of_child([] {
+        long pages = 0;
+        std::FILE* file = std::fopen("/proc/self/statm", "r");
+        if (file == nullptr || std::fscanf(file, "%ld", &pages) != 1) return 2;
+        std::fclose(file);
+        const rlim_t room = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE)) + (rlim_t{40} << 20);
+        const rlimit limit{room, room};
+        if (setrlimit(RLIMIT_AS, &limit) != 0) return 3;
+        std::atomic<int> calls{0}, counts{0};
+        parallel(200, [&](int, int count) {
+            ++calls;
+            counts = count;
+        });
+        return calls == counts && calls >= 1 && calls < 200 ? 0 : 4;
+    });
+    group("threads").check(status == 0, "no memory for 200", "status " + std::to_string(status));
+}
+
 // The child has none of its parent's threads and must make its own; the parent goes on.
 void check_fork(const Work& work) {
     // The thread sanitizer cannot follow a fork of a process with threads.
     if (thread_sanitizer) return;
     Group& to = group("after a fork");
     to.check(work.right(3), "before", "other bits");  // the pool has workers
-    const pid_t child = fork();
-    if (child == 0) {
-        const bool good = work.right(3) && work.right(2) && describe_threads() == "own (this process was forked)";
-        _exit(good ? 0 : 1);
-    }
-    int status = -1;
-    const bool ended = child > 0 && waitpid(child, &status, 0) == child;
-    to.check(ended && WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child", "status " + std::to_string(status));
+    const int status = status_of_child([&] {
+        return work.right(3) && work.right(2) && describe_threads() == "own (this process was forked)" ? 0 : 1;
+    });
+    to.check(status == 0, "the child", "status " + std::to_string(status));
     to.check(work.right(3), "the parent afterwards", "other bits");
 }
 
@@ -177,6 +207,7 @@ void check_surroundings() {
     check_sets();
     const Work work;
     check_threads(work);
+    check_too_many_threads();
     check_memory();
     check_fork(work);
 }

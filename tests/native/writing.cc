@@ -288,6 +288,7 @@ void check_writing() {
     Choosing plain, greedy, cold, by_k, by_p, penalty, barred, everything;
     greedy.temperature = 0;
     cold.temperature = 0.6;
+    cold.repetition_window = 1;
     by_k.top_k = 3;
     by_p.top_p = 0.6;
     penalty.repetition_penalty = 1.7;
