@@ -27,7 +27,7 @@ import pytest
 import yaml
 from samples import ENGLISH, KOREAN, sentences
 
-from unrolled import cli
+from unrolled import cli, native
 from unrolled.config import load_config, resolve
 
 SOURCES = str(Path(cli.__file__).parents[1])
@@ -736,7 +736,7 @@ def test_doctor(shelf: Path) -> None:
 
     assert found["torch"] == torch.__version__
     assert found["threads"].startswith(f"{torch.get_num_threads()} of torch")
-    assert found["path"].startswith(("tape", "reference"))
+    assert found["path"].startswith("native: " if native.why_absent() is None else "tape: ")
     table = " ".join(run("doctor").out.split())
     assert all(name in table for name in found)
 

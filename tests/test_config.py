@@ -87,6 +87,7 @@ def test_defaults() -> None:
             "seed": 1,
             "log_every": 10,
             "backend": "auto",
+            "tape_budget": None,
             "init_from": None,
             "keep_memory": True,
         },
@@ -151,7 +152,8 @@ def test_each_message_says_what_is_expected() -> None:
         "training.device": "auto, cpu or cuda",
         "training.seed": "an integer >= 0 and < 9223372036854775808",
         "training.log_every": "an integer >= 1",
-        "training.backend": "auto, reference or tape",
+        "training.backend": "auto, reference, tape or native",
+        "training.tape_budget": "an integer >= 1 or null",
         "training.init_from": "a text or null",
         "training.keep_memory": "true or false",
     }

@@ -506,5 +506,5 @@ def test_scores_that_are_not_finite_are_refused(backend: str, temperature: float
     model = small_model(dtype=torch.float32, backend=backend)
     with torch.no_grad():
         model.writer.bias[2] = torch.nan
-    with pytest.raises(ModelError, match="^the model's scores are not finite: its weights or its state hold NaN"):
+    with pytest.raises(ModelError, match=r"^the model's scores are not finite: its weights or its state hold NaN"):
         next(generate(model, PROMPT, temperature=temperature))

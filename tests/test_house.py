@@ -22,7 +22,7 @@ PACKAGE = ROOT / "src" / "unrolled"
 # whatever files it has.
 FLOORS = """
     errors storage config allocator progress
-    native cells vocabulary attention
+    _native native cells vocabulary attention
     budget tape fused unroll
     nn
     kinds

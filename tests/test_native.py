@@ -208,8 +208,10 @@ def is_as_exact_under_autocast(case: Case, inputs: Lookup | None = None) -> None
         expected = exact[name]
         assert fast[name].dtype == torch.float32
         if expected.numel() >= 64:
-            # Enough numbers for chance to move their root mean square error by less than a third.
-            assert deviation(fast[name], expected) <= 2 * deviation(plain[name], expected), name
+            # Enough numbers for chance to move their root mean square error by less than a third. Gradients of sums,
+            # which the kernels round once by up to 2^-9 for all products, may be exact in the reference.
+            once = 2**-9 if name.startswith("d ") else 0
+            assert deviation(fast[name], expected) <= 2 * deviation(plain[name], expected) + once, name
         elif expected.numel():
             # A few may be exact in the reference by chance. An operand is rounded by up to 2^-9 of itself, as are some
             # of its like before it: half of what 2^-8 x sqrt(summands) allows has been seen.

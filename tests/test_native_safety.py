@@ -146,6 +146,32 @@ def forward_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call
     return Call("forward", native._native.forward, {**arguments, "threads": draw.choice([1, 2, 3])})
 
 
+def stack_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
+    cell, steps, batch = draw.randrange(4), draw.choice([0, 1, 2, 5]), draw.choice([0, 1, 2, 7])
+    inputs, hidden, layers = draw.choice([1, 3, 17]), draw.choice([1, 5, 33]), draw.choice([1, 2, 3])
+    both, bias, bf16 = (draw.random() < 0.5 for _ in range(3))
+    number = lambda *shape: place(torch.randn(shape))  # noqa: E731
+    rows, directions = GATES[cell] * hidden, 1 + both
+    weights: list[Any] = []
+    for k in range(layers):
+        for _ in range(directions):
+            weights += [number(rows, directions * hidden if k else inputs), number(rows, hidden)]
+            weights += [number(rows), number(rows)] if bias else []
+    state = lambda: number(layers * directions, batch, hidden)  # noqa: E731
+    each = 4 if bias else 2
+    packs: list[Any] = []
+    if draw.random() < 0.5:
+        packs = [
+            native._native.pack(cell, bf16, False, weights[k], weights[k + 1], 1) for k in range(0, len(weights), each)
+        ]
+    arguments = {
+        "cell": cell, "bf16": bf16, "both": both, "bias": bias, "x": number(steps, batch, inputs), "weights": weights,
+        "h_0": state(), "c_0": state() if cell == 2 else None, "outputs": number(steps, batch, directions * hidden),
+        "h_n": state(), "c_n": state() if cell == 2 else None, "packs": packs, "threads": draw.choice([1, 2, 3]),
+    }  # fmt: skip
+    return Call("stack", native._native.stack, arguments)
+
+
 def backward_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
     arguments = layer_arguments(draw, place)
     cell, steps, batch, symbols, inputs, hidden, count, looked_up = arguments.pop("sizes")
@@ -278,7 +304,8 @@ def write_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
 
 
 CALLS = (
-    forward_call, backward_call, pack_call, linear_call, pack_linear_call, cross_entropy_call, writer_call, write_call,
+    forward_call, stack_call, backward_call, pack_call, linear_call, pack_linear_call, cross_entropy_call, writer_call,
+    write_call,
 )  # fmt: skip
 
 

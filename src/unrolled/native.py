@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Direction",
     "Frozen",
+    "Gradients",
     "Layer",
     "Writer",
     "backward_into",
@@ -59,6 +60,7 @@ __all__ = [
     "plain",
     "recurrence_only",
     "scratch_held",
+    "set_reference",
     "stack",
     "threads",
     "unsuited",
@@ -229,6 +231,7 @@ def layer(
         return forward_into(
             name, inputs, directions, lengths, bf16=_bf16(), packs=packs, cs=all_states and name == "lstm"
         )[0]
+    bf16 = _bf16()
     looked_up = inputs.dtype == torch.int64
     one, two = directions[0], directions[1] if len(directions) == 2 else None
     states = [
@@ -253,7 +256,7 @@ def layer(
             None if two is None else two.bias_hh,
             name,
             "both" if two is not None else "reverse" if one.reverse else "forward",
-            _bf16(),
+            bf16,
             record,
             block,
         )
@@ -640,8 +643,9 @@ def linear(x: Float[Tensor, "... K"], weight: Float[Tensor, "N K"], bias: Float[
     if not grad and plain():
         y = _linear(flat, weight, bias, _bf16())
     else:
+        bf16 = _bf16()
         with torch.autocast("cpu", enabled=False):
-            y = _linear_op(flat, weight, bias, _bf16())
+            y = _linear_op(flat, weight, bias, bf16)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -704,8 +708,9 @@ def cross_entropy(
         ValueError: a target of N or more.
     """
     needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    bf16 = _bf16()
     with torch.autocast("cpu", enabled=False):
-        loss: Tensor = _cross_entropy_op(x.float(), weight, bias, targets, _bf16(), needs)[0]
+        loss: Tensor = _cross_entropy_op(x.float(), weight, bias, targets, bf16, needs)[0]
     return loss
 
 

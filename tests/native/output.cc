@@ -216,6 +216,10 @@ void check_output() {
         Ms = {0, 1, 4, 7, 210};
         Ns = {1, 17, 33};
         Ks = {1, 5, 21};
+    } else if (thread_sanitizer) {  // what threads share, and no more: the oracle takes long
+        Ms = {1, 5, 210};
+        Ns = {65, 300};
+        Ks = {131};
     }
     // Groups in this order.
     for (const char* name : {"linear ", "cross_entropy "})
@@ -237,6 +241,11 @@ void check_output() {
             both_biases(9, 40, 17, Kind::poisoned);
             continue;
         }
+        if (thread_sanitizer) {
+            both_biases(5, 65, 33);
+            both_biases(300, 65, 33);
+            continue;
+        }
         for (const int64_t M : {0, 1, 7, 300})
             for (const int64_t N : {1, 2, 16, 65, 300}) both_biases(M, N, Ks[(turn++) % Ks.size()]);
         both_biases(600, 33, 17);  // three blocks of rows
@@ -245,7 +254,7 @@ void check_output() {
             both_biases(70, 19, 5, kind);
         }
         // So many columns that blocks have fewer rows.
-        check_cross_entropy(bf16, 130, 40000, 3, true, Kind::plain);
+        check_cross_entropy(bf16, 110, 40000, 2, true, Kind::plain);
     }
 }
 

@@ -190,8 +190,8 @@ void check_too_many_threads() {
 
 // The child has none of its parent's threads and must make its own; the parent goes on.
 void check_fork(const Work& work) {
-    // The thread sanitizer cannot follow a fork of a process with threads.
-    if (thread_sanitizer) return;
+    // Neither the thread sanitizer nor QEMU can follow a fork of a process with threads.
+    if (thread_sanitizer || options.quick) return;
     Group& to = group("after a fork");
     to.check(work.right(3), "before", "other bits");  // the pool has workers
     const int status = status_of_child([&] {
