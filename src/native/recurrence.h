@@ -470,7 +470,7 @@ UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plai
                 Number::store_lanes(d + u, dh * (one - h * h), n);
             } else if constexpr (C == Cell::rnn_relu) {
                 const vf h = load(rows.h[i] + u, n);
-                Number::store_lanes(d + u, select(h > splat(0), dh, splat(0)), n);
+                Number::store_lanes(d + u, select(h <= splat(0), splat(0), dh), n);  // as torch: through NaN
             } else if constexpr (C == Cell::lstm) {
                 const float* tape = rows.tape[i];
                 const vf in = load(tape + u, n), forget = load(tape + H + u, n);

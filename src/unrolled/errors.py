@@ -88,7 +88,9 @@ def expect_shape(name: str, tensor: torch.Tensor, shape: str, **sizes: int) -> N
     dims = shape.split()
     expected = [sizes.get(dim) for dim in dims]
     actual = tuple(tensor.shape)
-    if len(actual) == len(dims) and all(want in (None, got) for want, got in zip(expected, actual, strict=True)):
+    if len(actual) == len(dims) and all(
+        want is None or want == got for want, got in zip(expected, actual, strict=True)
+    ):
         return
     wanted = ", ".join(dim if size is None else f"{dim}={size}" for dim, size in zip(dims, expected, strict=True))
     raise ShapeError(f"{name}: expected [{wanted}], got {list(actual)}")

@@ -76,7 +76,7 @@ def layer(
         )
         for cell, source, state, reset, backwards in zip(cells, sources, states, resets, reverse, strict=False)
     ]
-    block = budget.block_steps(steps, batch)
+    block = 0 if torch.compiler.is_compiling() else budget.block_steps(steps, batch)
     if tape_budget is None or not torch.is_grad_enabled():
         run = native.layer(name, given, directions, lengths=lengths, block=block, all_states=all_states)
         ys: Tensor | None = run.outputs
@@ -91,7 +91,7 @@ def layer(
     assert ys is not None
     every = []
     for d, (final, state) in enumerate(zip(finals, states, strict=True)):
-        h = ys.view(*ys.shape[:2], len(cells), -1)[:, :, d]
+        h = ys.view(*ys.shape[:2], len(cells), cells[d].hidden_size)[:, :, d]
         parts: tuple[Tensor, ...] = (h,) if cs is None else (h, cs[d])
         if lengths is not None:
             # At padding the state is held: the last one, or, read backwards, the first.
@@ -272,8 +272,8 @@ class _Blocks:
         self.writes = saved is None
         if saved is None:
             saved = (
-                torch.empty(shape) if make.whole_h else None,
-                torch.empty(shape) if make.whole_c else None,
+                hh.new_empty(shape) if make.whole_h else None,
+                hh.new_empty(shape) if make.whole_c else None,
             )
         self.saved = self.returned = saved
         self.h, self.c = saved
@@ -281,7 +281,7 @@ class _Blocks:
             return
         self.d_h, self.d_c = d_returned
         wanted = [t if n else None for t, n in zip(arguments, needs, strict=True)]
-        self.d_x = torch.empty(given.shape) if wanted[0] is not None else None
+        self.d_x = hh.new_empty(given.shape) if wanted[0] is not None else None
         self.into = Gradients(
             *(None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in wanted[4:8])
         )
@@ -367,3 +367,6 @@ class _Blocks:
         d_h, d_c = (*d_state, None)[:2]
         found = [self.d_x, None, d_h, d_c, *self.into, None, None]
         return tuple(g if n else None for g, n in zip(found, self.needs, strict=True))
+
+
+native.set_block_steps(lambda steps, batch: budget.block_steps(steps, batch))

@@ -60,6 +60,7 @@ __all__ = [
     "plain",
     "recurrence_only",
     "scratch_held",
+    "set_block_steps",
     "set_reference",
     "stack",
     "threads",
@@ -215,7 +216,8 @@ def layer(
     Args:
         inputs: vectors, or int64 ids of rows of the directions' tables.
         lengths: int64 on the CPU, 0..T; None: all rows have T steps.
-        block: steps in a block of the weights' gradients, see `unrolled.budget`.
+        block: steps in a block of the weights' gradients, see `unrolled.budget`; 0 while a graph is traced, whose sizes
+            are not known yet: `set_block_steps` says what it then is.
         all_states: return every c of an lstm too.
         packs: what `Frozen` keeps, one for each direction.
 
@@ -264,14 +266,21 @@ def layer(
     return Layer(outputs, h, c if lstm else None, cs if lstm and all_states else None)
 
 
+def _new(*shape: int) -> Tensor:
+    """Memory for the kernels to write: float32 on the CPU, whatever the caller's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _ready(x: Tensor) -> Tensor:
-    """A tensor as the kernels read it: float32, last dimension without gaps."""
+    """A tensor as the kernels read it: float32, not kept negated, last dimension without gaps."""
+    x = x.resolve_neg()
     if x.dtype != torch.float32:
         x = x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _dense(x: Tensor) -> Tensor:
+    x = x.resolve_neg()
     return x.contiguous() if x.dtype == torch.float32 else x.float().contiguous()
 
 
@@ -306,10 +315,10 @@ def stack(
     steps, batch, width = x.shape
     if x.stride(2) != 1 and width != 1:
         x = x.contiguous()
-    h0 = h0.contiguous()
+    x, h0 = x.resolve_neg(), h0.resolve_neg().contiguous()
     h = torch.empty_like(h0)
     c = None if c0 is None else torch.empty_like(h0)
-    outputs = torch.empty(steps, batch, h0.shape[2] * (2 if both else 1))
+    outputs = _new(steps, batch, h0.shape[2] * (2 if both else 1))
     packs: list[Any] = []
     if frozen is not None and frozen[0].bf16 == bf16:
         packs = [pack for layer in frozen for pack in layer.packs]
@@ -322,7 +331,7 @@ def stack(
         x,
         weights,
         h0,
-        None if c0 is None else c0.contiguous(),
+        None if c0 is None else c0.resolve_neg().contiguous(),
         outputs,
         h,
         c,
@@ -352,7 +361,7 @@ def forward_into(
     steps, batch = inputs.shape[:2]
     count, hidden = len(directions), directions[0].hh.shape[1]
     lstm = name == "lstm"
-    empty = torch.empty
+    empty = _new
     if outputs is None:
         outputs = empty(steps, batch, count * hidden)
     h = empty(count, batch, hidden)
@@ -420,8 +429,8 @@ def backward_into(
     count = len(directions)
     _, batch = inputs.shape[:2]
     hidden = directions[0].hh.shape[1]
-    d_h0 = torch.empty(count, batch, hidden)
-    d_c0 = torch.empty(count, batch, hidden) if name == "lstm" else None
+    d_h0 = _new(count, batch, hidden)
+    d_c0 = _new(count, batch, hidden) if name == "lstm" else None
 
     def part(t: Tensor | None, d: int) -> Tensor | None:
         return None if t is None else _dense(t[d])
@@ -501,7 +510,7 @@ def _layer_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, directions = _split(arguments)
     with torch.no_grad():
         run, tape = forward_into(name, inputs, directions, arguments[4], bf16=bf16, record=record, cs=True)
-    absent = [torch.empty(0) if t is None else t for t in (run.c, tape, run.cs)]
+    absent = [_new(0) if t is None else t for t in (run.c, tape, run.cs)]
     return run.outputs, run.h, absent[0], absent[1], absent[2]
 
 
@@ -533,12 +542,15 @@ def _layer_backward_op(*arguments: Any) -> list[Tensor]:
     """Gradients of x, h0, c0 and then of the eight weights; an empty tensor where there is none."""
     name, bf16, block = arguments[_TENSORS], arguments[_TENSORS + 2], arguments[_TENSORS + 3]
     outputs, tape, cs, d_outputs, d_h, d_c, d_cs, needs = arguments[_TENSORS + 4 :]
+    if name != "lstm":
+        d_c = d_cs = None
     inputs, directions = _split(arguments)
     weights = arguments[7:_TENSORS]
+    block = block or _block_steps(*inputs.shape[:2])
     with torch.no_grad():
         grads = [torch.zeros_like(w, memory_format=torch.contiguous_format) if n else None
                  for w, n in zip(weights, needs[7:], strict=True)]  # fmt: skip
-        d_x = torch.empty(inputs.shape) if needs[0] else None
+        d_x = _new(*inputs.shape) if needs[0] else None
         d_h0, d_c0 = backward_into(
             name,
             inputs,
@@ -556,7 +568,7 @@ def _layer_backward_op(*arguments: Any) -> list[Tensor]:
             bf16=bf16,
             block=block,
         )
-    return [torch.empty(0) if t is None else t for t in (d_x, d_h0, d_c0, *grads)]
+    return [_new(0) if t is None else t for t in (d_x, d_h0, d_c0, *grads)]
 
 
 @_layer_backward_op.register_fake
@@ -578,7 +590,8 @@ def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_TENSORS], outputs, tape, cs)
     ctx.plain, ctx.block = inputs[_TENSORS : _TENSORS + 3], inputs[_TENSORS + 4]
-    ctx.mark_non_differentiable(tape)
+    # Of another cell than the lstm c and cs are empty.
+    ctx.mark_non_differentiable(tape, *(() if inputs[_TENSORS] == "lstm" else (output[2], cs)))
 
 
 def _layer_gradient(
@@ -605,8 +618,10 @@ def _reference_gradient(
     """
     if _reference is None:
         raise RuntimeError("unrolled.unroll hands the reference path down when it is imported")
-    wanted = [t for t, n in zip(tensors, needs, strict=True) if n and t is not None]
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        # Stand-ins: a tensor that comes in twice, or was computed from another that comes in, has its own share only.
+        tensors = [t.view_as(t) if n and t is not None else t for t, n in zip(tensors, needs, strict=True)]
+        wanted = [t for t, n in zip(tensors, needs, strict=True) if n and t is not None]
         inputs, directions = _split([*tensors, *plain])
         outputs = _reference(plain[0], inputs, directions, tensors[4])
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
@@ -619,6 +634,13 @@ def _reference_gradient(
 
 
 _reference: Any = None
+_block_steps: Any = None
+
+
+def set_block_steps(block_steps: Any) -> None:
+    """`block_steps(T, B) -> steps`, from a floor above."""
+    global _block_steps
+    _block_steps = block_steps
 
 
 def set_reference(reference: Any) -> None:
@@ -650,7 +672,7 @@ def linear(x: Float[Tensor, "... K"], weight: Float[Tensor, "N K"], bias: Float[
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, bf16: bool) -> Tensor:
-    y = torch.empty(x.shape[0], weight.shape[0])
+    y = _new(x.shape[0], weight.shape[0])
     _native.linear(
         bf16,
         _ready(x),
@@ -725,7 +747,11 @@ def _cross_entropy_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, bf16: bool, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        d_x, d_weight, d_bias = (None if t is None or not gradient else torch.empty(t.shape) for t in (x, weight, bias))
+        new = torch.empty_like if len(x) else torch.zeros_like  # without rows the kernels have nothing to write
+        d_x, d_weight, d_bias = (
+            None if t is None or not gradient else new(t, memory_format=torch.contiguous_format)
+            for t in (x, weight, bias)
+        )
         loss = _native.cross_entropy(
             bf16,
             _ready(x),
@@ -737,8 +763,8 @@ def _cross_entropy_op(
             d_bias,
             torch.get_num_threads(),
         )
-        absent = [torch.empty(0) if t is None else t for t in (d_x, d_weight, d_bias)]
-        return torch.tensor(loss, dtype=torch.float32), absent[0], absent[1], absent[2]
+        absent = [_new(0) if t is None else t for t in (d_x, d_weight, d_bias)]
+        return torch.tensor(loss, dtype=torch.float32, device="cpu"), absent[0], absent[1], absent[2]
 
 
 @_cross_entropy_op.register_fake
@@ -764,8 +790,10 @@ def _cross_entropy_gradient(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[A
     if d_loss is None:
         return (None,) * 6
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        wanted = [t for t, n in zip((x, weight, bias), needs, strict=False) if n and t is not None]
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            x, weight = x.view_as(x), weight.view_as(weight)
+            bias = None if bias is None else bias.view_as(bias)
+            wanted = [t for t, n in zip((x, weight, bias), needs, strict=False) if n and t is not None]
             targets = targets.clamp_min(-1)
             loss = F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=-1, reduction="sum")
             found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
@@ -863,7 +891,7 @@ class Writer:
 
         The choice is that of `unrolled.decoding.Sampling` (top_k 0 and top_p 1: no limit).
         """
-        written = torch.empty(uniform.shape[0], dtype=torch.int64)
+        written = torch.empty(uniform.shape[0], dtype=torch.int64, device="cpu")
         self._writer.write(
             last,
             h,

@@ -443,7 +443,8 @@ class _DropIn(torch.nn.RNNBase):
 
         One step of one row is some ten microseconds of arithmetic: every look at a tensor counts.
         """
-        weights: Any = self._flat_weights
+        # By name, as they are now: what torch keeps flat is another's where weights are swapped for a call.
+        weights = [getattr(self, name) for name in self._flat_weights_names]
         grad = torch.is_grad_enabled()
         if (
             type(input) is not Tensor
@@ -460,7 +461,7 @@ class _DropIn(torch.nn.RNNBase):
         x = input.transpose(0, 1) if self.batch_first else input
         shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
         if hx is None:
-            h0 = torch.zeros(shape)
+            h0 = torch.zeros(shape, dtype=torch.float32, device="cpu")
             c0 = h0 if lstm else None
         else:
             h0, c0 = hx if lstm and type(hx) is tuple and len(hx) == 2 else (hx, None)

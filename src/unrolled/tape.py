@@ -481,7 +481,7 @@ class _Blocks:
             elif equation == "rnn":
                 _tanh_backward(dh, hs[after], grad_input=a)
             else:
-                torch.mul(dh, hs[after] > 0, out=a)
+                torch.mul(dh, ~(hs[after] <= 0), out=a)  # as torch's relu: the gradient goes through NaN
             if own is not None:
                 padding = ~own
                 a.masked_fill_(padding, 0)

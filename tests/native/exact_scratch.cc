@@ -1,6 +1,6 @@
-// Scratch memory for the address sanitizer, in the place of src/native/memory.cc: a block is given back to the system at
-// once and ends where what was asked for ends, so that a step beyond it is seen; and it is full of NaN, so that what is
-// read before it was written shows. In other builds this file is empty and the kernels' own scratch memory is used.
+// Scratch memory for the address sanitizer, in the place of src/native/memory.cc: a block is given back to the system
+// at once and ends where what was asked for ends, so that a step beyond it is seen; and it is full of NaN, so that what
+// is read before it was written shows. In other builds this file is empty and the kernels' own scratch memory is used.
 //
 // The kernels are a static library: its memory.cc is left out because everything that it has is here already.
 #include "checking.h"

@@ -175,8 +175,8 @@ void check_forward(const std::string& set, const Sample& sample, const oracle::S
         first.attach(f);
         const oracle::States followed = oracle::forward(f, true);
         compare_forward(right, where, sample, first, followed, step_bound(sample, followed));
-        // In float32 also as a whole: weights shrink states to some 0.6, so that errors of all earlier steps come to two
-        // or three of one step, not all at their largest.
+        // In float32 also as a whole: weights shrink states to some 0.6, so that errors of all earlier steps come to
+        // two or three of one step, not all at their largest.
         if (!sample.bf16)
             compare_forward(right, where + ", whole", sample, first, *exact, 2 * step_bound(sample, *exact));
     }

@@ -249,7 +249,7 @@ Gradients backward(const Backward& b) {
                     const auto set = [&](int gate, Measured x) { of_x[gate * H + u] = x; };
                     switch (b.cell) {
                         case Cell::rnn: set(0, times(dh[u], 1 - h * h, 1)); break;
-                        case Cell::rnn_relu: set(0, h > 0 ? dh[u] : Measured{}); break;
+                        case Cell::rnn_relu: set(0, h <= 0 ? Measured{} : dh[u]); break;  // as torch: through NaN
                         case Cell::lstm: {
                             const double in = kept(0), f = kept(1), g = kept(2), o = kept(3);
                             const double tanh_c = std::tanh(static_cast<double>(b.c[d][at * H + u]));
