@@ -213,7 +213,7 @@ def is_as_exact_under_autocast(case: Case, inputs: Lookup | None = None) -> None
             once = 2**-8 if name.startswith("d ") else 0
             assert deviation(fast[name], expected) <= 2 * deviation(plain[name], expected) + once, name
         elif expected.numel():
-            # A few may be nearly exact in the reference by chance. Each of the two operands of a product is rounded by up
+            # A few may be nearly exact in the reference by chance. Each operand of a product is rounded by up
             # to 2^-8 of itself.
             error, usual = (float((run[name].double() - expected).abs().max()) for run in (fast, plain))
             allowed = 2 * usual + 2 * 2**-8 * math.sqrt(terms(case)(name)) * float(expected.abs().max())
