@@ -472,7 +472,6 @@ def seed() -> int:
     return 0 if os.environ.get("CI") == "true" else chance.randrange(10**6)
 
 
-@pytest.mark.slow  # red today: see the defects named in CHANGELOG
 def test_every_call_works_or_is_refused(tmp_path: Path) -> None:
     """A few thousand calls with an argument or three that are wrong in shape, type, number, layout or value."""
     in_a_new_process(f"import test_native_safety; test_native_safety.fuzz({seed()}, 4000)", tmp_path / "log")
@@ -515,13 +514,11 @@ WITHOUT_MEMORY = """
 """
 
 
-@pytest.mark.slow  # red today: see the defects named in CHANGELOG
 def test_tensors_without_memory_are_no_crash(tmp_path: Path) -> None:
     """Fake tensors outside their mode, the zeros of torch's forward mode, the meta device: computed or refused."""
     in_a_new_process(WITHOUT_MEMORY, tmp_path / "log")
 
 
-@pytest.mark.slow  # red today: see the defects named in CHANGELOG
 @pytest.mark.parametrize("odd", ["weights", b"0123456789ab", [[1.0, 2.0, 3.0]], object()])
 def test_what_is_no_tensor_is_named(odd: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^x: expected a tensor, got "):
@@ -591,7 +588,6 @@ def test_a_wrong_argument_is_named(changes: dict[str, Any], message: str) -> Non
     assert str(caught.value) == message
 
 
-@pytest.mark.slow  # red today: see the defects named in CHANGELOG
 def test_a_block_beyond_all_steps_is_the_whole_sequence() -> None:
     """However large the number is."""
     x = torch.randn(5, 4, 3)

@@ -120,7 +120,8 @@ struct Given {
                         if (const int64_t i = id[t * B + b]; i < 0 || i >= V)
                             refuse("ids: expected 0.." + std::to_string(V - 1) + " (rows of the table), got " + std::to_string(i));
         }
-        extent = {T, B, I, H, lengths.given() ? lengths.as<int64_t>() : nullptr, {nullptr, nullptr}, block};
+        extent = {T, B, I, H, lengths.given() ? lengths.as<int64_t>() : nullptr, {nullptr, nullptr},
+                  std::min(block, std::max<int64_t>(T, 1))};
         inputs = {x.given() ? x.as<float>() : nullptr, x.given() ? x.stride(0) : 0, x.given() ? x.stride(1) : 0,
                   ids.given() ? ids.as<int64_t>() : nullptr, V};
         read = {&x, &ids, &lengths};

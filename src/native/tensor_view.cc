@@ -86,7 +86,7 @@ TensorView::TensorView(nb::handle object, const char* name) : name_(name) {
     nb::object plain = nb::borrow(object);
     if (nb::hasattr(plain, "detach")) plain = plain.attr("detach")();
     nb::ndarray<> array;
-    if (!nb::try_cast(plain, array)) refuse("a tensor", nb::cast<std::string>(nb::str(object.type())));
+    if (!nb::try_cast(plain, array)) refuse("a tensor", Py_TYPE(object.ptr())->tp_name);
     keep_ = plain;
     if (array.ndim() > most_dimensions) refuse("at most 4 dimensions", std::to_string(array.ndim()));
     dimensions_ = static_cast<int>(array.ndim());
@@ -157,6 +157,9 @@ const TensorView& TensorView::expect(Kind kind, std::initializer_list<int64_t> s
             wanted += (i ? ", " : "") + (shape.begin()[i] < 0 ? std::string("any") : std::to_string(shape.begin()[i]));
         refuse("shape " + wanted + "]", shape_text());
     }
+    int64_t numbers = 1;
+    for (int i = 0; i < dimensions_; ++i) numbers *= shape_[i];
+    if (numbers > 0 && data_ == nullptr) refuse("a tensor with memory", "one without (a fake or meta tensor)");
     return *this;
 }
 
