@@ -18,6 +18,17 @@ constexpr Size quick_sizes[] = {
     {12, 29, 1, 3, 11, resets | strided},
 };
 
+// The thread sanitizer is slow as well: sizes large enough for several threads, by rows and by units.
+constexpr Size threaded_sizes[] = {
+    {3, 0, 5, 7, 2, ragged | resets},
+    {7, 5, 5, 15, 3, ragged | resets | both | some_null},
+    {9, 20, 17, 33, 5, ragged | resets | both | reversed},
+    {5, 11, 33, 70, 2, both | resets},
+    {5, 11, 33, 70, 3, ragged | lookup},
+    {3, 1, 128, 250, 2, both | resets},
+    {12, 29, 7, 19, 11, resets | strided},
+};
+
 constexpr Size sizes[] = {
     // nothing to compute
     {0, 4, 5, 7, 4, 0},
@@ -241,6 +252,7 @@ void check_layers() {
     for (const std::string& set : sets)
         for (const char* name : {"forward ", "forward bits ", "backward ", "backward bits "}) group(name + set);
     std::vector<Size> chosen(std::begin(sizes), std::end(sizes));
+    if (thread_sanitizer) chosen.assign(std::begin(threaded_sizes), std::end(threaded_sizes));
     if (options.quick) chosen.assign(std::begin(quick_sizes), std::end(quick_sizes));
     for (size_t i = 0; i < chosen.size(); ++i)
         for (const Cell cell : cells)

@@ -247,7 +247,10 @@ void check_output() {
             continue;
         }
         for (const int64_t M : {0, 1, 7, 300})
-            for (const int64_t N : {1, 2, 16, 65, 300}) both_biases(M, N, Ks[(turn++) % Ks.size()]);
+            for (const int64_t N : {1, 2, 16, 65, 300}) {
+                check_cross_entropy(bf16, M, N, Ks[turn % Ks.size()], turn % 2 == 0, Kind::plain);
+                ++turn;
+            }
         both_biases(600, 33, 17);  // three blocks of rows
         for (const Kind kind : {Kind::none_counted, Kind::sharp, Kind::minus_infinity, Kind::poisoned}) {
             both_biases(7, 65, 33, kind);
