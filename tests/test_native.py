@@ -56,6 +56,21 @@ RESULTS = ("outputs", "state.h", "state.c", "states.h", "states.c")
 ULP = torch.finfo(torch.float32).eps
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """But for the tests of threads: torch's own small operations only wait for more, longest where others compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
 def bfloat16(enabled: bool = True) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
@@ -216,7 +231,8 @@ def is_as_exact_under_autocast(case: Case, inputs: Lookup | None = None) -> None
             # A few may be nearly exact in the reference by chance. Each operand of a product is rounded by up
             # to 2^-8 of itself.
             error, usual = (float((run[name].double() - expected).abs().max()) for run in (fast, plain))
-            allowed = 2 * usual + 2 * 2**-8 * math.sqrt(terms(case)(name)) * float(expected.abs().max())
+            size = max(1.0, float(expected.abs().max()))  # what is summed is of unit size, and may cancel
+            allowed = 2 * usual + 2 * 2**-8 * math.sqrt(terms(case)(name)) * size
             assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -329,7 +345,7 @@ def layer_terms(case: LayerCase) -> Callable[[str], int]:
 
 
 @given(case=layer_cases(wide=True), data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=30)
 @example(LayerCase("LSTM", 17, 33, 2, False, True, 5, 4, (1, 5, 3, 5), True, True, 0), None)
 def test_layers_are_as_exact_as_the_references(case: LayerCase, data: st.DataObject | None) -> None:
     """Layers, directions, ragged lengths with empty rows, documents, batch_first, no biases."""
@@ -477,13 +493,6 @@ def test_nothing_that_was_given_is_changed(case: Case) -> None:
 
 
 # ------------------------------------------------------------------------------- law 2: rows, bit for bit
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def inferred(case: Case, inputs: Any, state: Any, bf16: bool, **options: Any) -> dict[str, Tensor]:
@@ -1151,7 +1160,7 @@ def in_a_new_process(program: str, **environment: str) -> subprocess.CompletedPr
     paths = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=250,
@@ -1167,13 +1176,12 @@ CHECK = """
 
     print(dict(native.instruction_sets())["{name}"])
     for cell in CELLS:
-        for hidden, inputs in ((1, 1), (5, 17), (33, 16), (65, 3)):
+        for hidden, inputs in ((5, 17), (33, 16), (65, 3)):
             case = Case(cell, 9, 7, inputs, hidden, seed=1, lengths=(9, 1, 0, 4, 9, 8, 2), reverse=hidden == 5)
             is_as_exact_as_the_reference(case)
             is_as_exact_under_autocast(case)
-        case = Case(cell, 5, 3, 65, 129)
-        found = []
-        for count in (1, 2):
+        case, found = Case(cell, 5, 3, 65, 129), []
+        for count in (2, 1):
             torch.set_num_threads(count)
             found.append(run_case(case, "native", torch.float32))
         agree(*found, 0)
@@ -1192,36 +1200,31 @@ def test_an_instruction_set_can_be_forced(name: str) -> None:
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    known = "known are generic, avx2, avx512, avx512bf16"
+    """Unknown; or one that this processor lacks: each machine has its own, so there the extension is a stand-in."""
     done = in_a_new_process(
-        f"""
+        """
+        import os, sys, types
         from unrolled.errors import ConfigError
-        try:
-            import unrolled.native
-        except ConfigError as error:
-            assert str(error) == "UNROLLED_ISA: unknown instruction set 'avx3': {known}", error
-            print("refused")
+
+        def refused(message):
+            try:
+                import unrolled.native
+            except ConfigError as error:
+                assert str(error) == message, error
+                print("refused")
+
+        known = "known are generic, avx2, avx512, avx512bf16"
+        refused(f"UNROLLED_ISA: unknown instruction set 'avx3': {known}")
+
+        def lacking(name):
+            raise ValueError(f"this processor has no {name}")
+        sys.modules["unrolled._native"] = types.SimpleNamespace(use_instruction_set=lacking)
+        os.environ["UNROLLED_ISA"] = "avx512"
+        refused("UNROLLED_ISA: this processor has no avx512")
         """,
         UNROLLED_ISA="avx3",
     )
-    assert (done.stdout, done.returncode) == ("refused\n", 0), done.stderr
-    # One that this processor lacks, or that was not built: each machine has its own, so the extension is a stand-in.
-    done = in_a_new_process(
-        """
-        import sys, types
-        def refuse(name):
-            raise ValueError(f"this processor has no {name}")
-        sys.modules["unrolled._native"] = types.SimpleNamespace(use_instruction_set=refuse)
-        from unrolled.errors import ConfigError
-        try:
-            import unrolled.native
-        except ConfigError as error:
-            assert str(error) == "UNROLLED_ISA: this processor has no avx512", error
-            print("refused")
-        """,
-        UNROLLED_ISA="avx512",
-    )
-    assert (done.stdout, done.returncode) == ("refused\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("refused\n" * 2, 0), done.stderr
 
 
 def test_without_the_extension_the_tape_runs_and_it_says_why() -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ every_layer = pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 
 ULP = torch.finfo(torch.float32).eps
 LENGTHS = [6, 2, 0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch's own small operations only wait for more, longest where others compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(kind: str, **options: Any) -> Any:
@@ -520,6 +529,7 @@ def test_many_threads_at_once() -> None:
 
     def work(k: int) -> None:
         try:
+            torch.set_num_threads(1 + k % 3)  # each thread's own number
             begin.wait()
             for _ in range(3):
                 agree(run_case(cases[k], "native", torch.float32), expected[k], 0)
@@ -557,7 +567,9 @@ def large() -> Any:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_loaders_forked_workers_run_a_layer() -> None:
     data = Encoded()
+    torch.set_num_threads(2)
     expected = [data[k] for k in range(4)]  # the parent's threads have run
+    torch.set_num_threads(1)
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
@@ -609,6 +621,7 @@ print("done")
         [sys.executable, "-c", program],
         env={
             **os.environ,
+            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
