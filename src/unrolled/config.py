@@ -52,6 +52,14 @@ _Pair = Annotated[
 ]
 _Path = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 _Count = Annotated[int, Field(ge=1)]
+_Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
+_Shares = Annotated[
+    tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 
 
 class _Section(BaseModel):
@@ -61,10 +69,14 @@ class _Section(BaseModel):
 class InputConfig(_Section):
     """What goes in."""
 
-    kind: Literal["text"] = Field("text", description="What the model reads: text, which unit cuts into steps.")
-    unit: Literal["char", "jamo", "word", "subword"] = Field(
+    kind: Literal["text", "image", "video", "series", "vector"] = Field(
+        "text", description="What the model reads: text, which unit cuts into steps, or images, video, series, vectors."
+    )
+    columns: _Names = Field((), description="Which columns of the table it is in; none: the usual one of its kind.")
+    unit: Literal["char", "jamo", "word", "subword", "word+char"] = Field(
         "char",
-        description="What one step reads: a character, a Korean letter (jamo), a word, or a piece of a word.",
+        description="What one step reads: a character, a Korean letter (jamo), a word, a piece of a word, or a word "
+        "together with its characters.",
     )
     embedding: _Count | None = Field(
         None,
@@ -76,11 +88,26 @@ class InputConfig(_Section):
         description="Keep only so many symbols, the most frequent; null: all of them (30,000 words, 8,000 subwords).",
     )
     min_count: int = Field(1, ge=1, description="Leave out symbols that occur less often than this.")
+    characters: int = Field(
+        64, ge=1, description="Size, per direction, of the small reader of a word's characters (word+char only)."
+    )
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of symbols read as unknown in training, so that unknown ones can be."
+    )
+    vectors: _Path | None = Field(
+        None, description="Text file of pretrained word vectors (word2vec, fastText) that the embedding starts from."
+    )
+    size: int = Field(48, ge=8, description="Side in pixels to which images and frames are brought.")
+    rows: bool = Field(False, description="Read an image row by row, a step each, not as one step.")
+    features: int = Field(
+        128, ge=1, description="Size of the vector that the convolutional reader makes of an image or frame."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _words_are_embedded(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("unit") in ("word", "subword") and given.get("embedding") is None:
+        wordy = ("word", "subword", "word+char")
+        if isinstance(given, dict) and given.get("unit") in wordy and given.get("embedding") is None:
             return {**given, "embedding": _WORD_EMBEDDING}
         return given
 
@@ -123,10 +150,44 @@ class CoreConfig(_Section):
 class OutputConfig(_Section):
     """What comes out."""
 
-    kind: Literal["next"] = Field("next", description="What comes out: next is the symbol that follows, at each step.")
+    kind: Literal["next", "label", "labels", "number", "numbers", "text"] = Field(
+        "next",
+        description="What comes out: next is what follows, at each step; label and number are one for all, labels and "
+        "numbers one a step; text is written word by word.",
+    )
+    columns: _Names = Field((), description="Which columns of the table it is in; none: the usual one of its kind.")
     tied: bool = Field(
         False, description="Have the output layer share the embedding's weights; needs input.embedding == core.hidden."
     )
+    pooling: Literal["last", "mean", "max", "attention"] = Field(
+        "last", description="What of the steps a label or number is told from: the last state, or a pool of all."
+    )
+    unit: Literal["char", "jamo", "word", "subword"] | None = Field(
+        None, description="What one step of written text is; null: as in the text that is read, else char."
+    )
+    embedding: int = Field(256, ge=1, description="Size of the vector learnt for each symbol of written text.")
+    max_vocabulary: _Count | None = Field(
+        None, description="Keep only so many symbols of written text; null: all (30,000 words, 8,000 subwords)."
+    )
+    min_count: int = Field(1, ge=1, description="Leave out written symbols that occur less often than this.")
+    attention: Literal["none", "dot", "general", "additive", "strongest"] = Field(
+        "dot", description="How the decoder looks at the encoder's states: not at all, or by which score."
+    )
+    feed: Literal["word", "zeros"] = Field(
+        "word", description="What a writing core reads next: its own last word, or zeros (one-to-many only)."
+    )
+    input_feeding: bool = Field(
+        False, description="Have the decoder read what attention saw a step before; slower, step by step."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target's probability that is spread over all symbols or labels."
+    )
+    scheduled_sampling: float = Field(
+        0.0, ge=0, le=1, description="Share of the decoder's inputs that are its own words, in training; 0: forced."
+    )
+    horizon: int = Field(24, ge=1, description="How many steps ahead a series is forecast.")
+    season: int = Field(1, ge=1, description="Steps of a season, for the naive forecast that MASE compares with.")
+    quantiles: _Shares = Field((), description="Quantiles to forecast beside the middle, e.g. [0.1, 0.9].")
 
 
 class DataConfig(_Section):
@@ -140,6 +201,15 @@ class DataConfig(_Section):
     )
     errors: Literal["strict", "replace"] = Field(
         "strict", description="Bytes that are not UTF-8: strict refuses the file, replace reads each as U+FFFD."
+    )
+    group: str | None = Field(
+        None, description="Column that names the series or video each row belongs to; null: each row is an example."
+    )
+    max_tokens: _Count | None = Field(
+        None, description="Most steps, padding counted, in one batch of examples; null: batch_size alone decides."
+    )
+    skip_bad: bool = Field(
+        False, description="Leave out, count and list examples that cannot be read; false: stop at the first."
     )
 
 
@@ -222,6 +292,16 @@ class Config(_Section):
     output: OutputConfig = Field(default_factory=OutputConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_to_text_reads_subwords(cls, given: Any) -> Any:
+        """A translator's steps are pieces of words unless said otherwise: characters are many to remember."""
+        if isinstance(given, dict) and isinstance(given.get("output"), dict) and given["output"].get("kind") == "text":
+            read = given.get("input") or {}
+            if isinstance(read, dict) and read.get("kind", "text") == "text" and "unit" not in read:
+                return {**given, "input": {**read, "unit": "subword"}}
+        return given
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Config:
@@ -322,6 +402,7 @@ def parse_override(text: str) -> dict[str, dict[str, Any]]:
 
 def flag_key(name: str) -> str:
     """The dotted key of a setting's plain name, with `_` or `-`: `hidden` -> `core.hidden`; a dotted key is its own.
+    A name that the output has too is the input's: `unit` -> `input.unit`.
 
     Raises:
         ConfigError: no setting has this name, or more than one has (`kind`).
@@ -330,6 +411,8 @@ def flag_key(name: str) -> str:
     if plain in _SETTINGS:
         return plain
     keys = [key for key, setting in _SETTINGS.items() if setting.name == plain]
+    if f"input.{plain}" in keys and plain not in ("kind", "columns"):
+        return f"input.{plain}"  # what is written follows what is read, unless it is named: output.unit
     if len(keys) > 1:
         raise ConfigError(f"{name!r} is the name of several settings: write {' or '.join(keys)}")
     if not keys:
@@ -550,6 +633,9 @@ def _expected(schema: Mapping[str, Any]) -> str:
         return str(schema["const"])
     kind = schema["type"]
     if kind == "array":
+        if "prefixItems" not in schema:
+            item = schema["items"]
+            return "a list of names" if item["type"] == "string" else "a list of numbers" + _range(item)
         return f"a list of {schema['minItems']} numbers" + _range(schema["prefixItems"][0])
     words = {
         "null": "null",

@@ -1,24 +1,163 @@
-"""Text as input (a reader of symbols) and the next symbol as output (a writer): the two ends of a language model."""
+"""Text as input: how it is cut into symbols, and the readers that make steps of vectors of them; and the next symbol as
+output, a language model's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrolled import native
 from unrolled.cells import Lookup
-from unrolled.errors import ConfigError
+from unrolled.errors import ConfigError, DataError
+from unrolled.kinds.contract import Arrays, Input, Steps, count, pad, register
+from unrolled.nn import Core
+from unrolled.vocabulary import WORD, Vocabulary, build_vocabulary, vocabulary_from_json
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["IGNORE", "NextWriter", "TextReader"]
+    from unrolled.config import Config
+
+__all__ = ["IGNORE", "NextWriter", "Text", "TextReader", "WordReader"]
+
+Array: TypeAlias = npt.NDArray[Any]
 
 IGNORE = -100
 """A target that is not counted: the step has nothing to predict (torch's own default in cross_entropy)."""
+
+
+@register
+class Text(Input):
+    """Text, or words that are given as a list.
+
+    Where the output has one entry a word (`aligned`), a text is its words between white space, a space before each of
+    them, and the steps at which they end are told; white space within a word that is given is read as `_`.
+
+    Args:
+        vocabulary: text <-> ids.
+        characters: that of a word's characters, where a step reads both (unit word+char).
+    """
+
+    kind: ClassVar[str] = "text"
+
+    def __init__(
+        self, vocabulary: Vocabulary, characters: Vocabulary | None = None, *, aligned: bool = False
+    ) -> None:
+        self.vocabulary, self.characters, self.aligned = vocabulary, characters, aligned
+
+    @classmethod
+    def learn(cls, values: Iterable[Any], config: Config) -> Text:
+        settings, aligned = config.input, config.output.kind in ("labels", "numbers")
+
+        def texts() -> Iterator[str]:
+            for value in values:
+                yield "".join(_words(value)) if aligned or not isinstance(value, str) else value
+                # Examples do not run into each other; a line end is never a word's part.
+                yield "\n"
+
+        if settings.unit != "word+char":
+            sizes = {"max_size": settings.max_vocabulary, "min_count": settings.min_count}
+            return cls(build_vocabulary(settings.unit, texts(), **sizes), aligned=aligned)
+        kept = list(texts())  # read twice
+        words = build_vocabulary("word", kept, max_size=settings.max_vocabulary, min_count=settings.min_count)
+        return cls(words, build_vocabulary("char", kept), aligned=aligned)
+
+    def words(self, value: str | Sequence[str]) -> list[str]:
+        """The words that an aligned output has an entry for."""
+        return [word.strip() for word in _words(value)]
+
+    def encode(self, value: str | Sequence[str]) -> Arrays:
+        """ids [T]; of aligned text also where words end [W]; of word+char, ids [W], characters [C], how many in each
+        word [W]."""
+        if self.characters is not None:
+            words = _words(value) if self.aligned or not isinstance(value, str) else WORD.findall(value)
+            _expect_text(words)
+            spelt = [self.characters.encode(word.removeprefix(" ")) for word in words]
+            ids = np.concatenate([self.vocabulary.encode(word) for word in words])
+            return ids, np.concatenate(spelt), np.array([len(word) for word in spelt], np.int64)
+        if not self.aligned:
+            text = value if isinstance(value, str) else "".join(_words(value))
+            _expect_text(text)
+            return (self.vocabulary.encode(text),)
+        words = _words(value)
+        _expect_text(words)
+        parts = [self.vocabulary.encode(word) for word in words]
+        return np.concatenate(parts), np.cumsum([len(part) for part in parts]) - 1
+
+    def collate(self, rows: Sequence[tuple[Array, ...]]) -> Steps:
+        lengths = count([row[0] for row in rows])
+        ids = pad([row[0] for row in rows])
+        if self.characters is not None:
+            return Steps((ids, *_spell(rows, ids.shape[0])), lengths)
+        if self.aligned:
+            return Steps((ids,), lengths, pad([row[1] for row in rows]), count([row[1] for row in rows]))
+        return Steps((ids,), lengths)
+
+    def reader(self, config: Config) -> nn.Module:
+        settings = config.input
+        if self.characters is None:
+            return TextReader(len(self.vocabulary), settings.embedding, drop=settings.word_dropout)
+        return WordReader(
+            len(self.vocabulary),
+            settings.embedding or 1,
+            len(self.characters),
+            settings.characters,
+            drop=settings.word_dropout,
+            backend=config.training.backend,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"vocabulary": self.vocabulary.to_json()}
+        if self.characters is not None:
+            told["characters"] = self.characters.to_json()
+        return {**told, "aligned": self.aligned}
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any]) -> Text:
+        characters = obj.get("characters")
+        return cls(
+            vocabulary_from_json(obj["vocabulary"]),
+            None if characters is None else vocabulary_from_json(characters),
+            aligned=bool(obj["aligned"]),
+        )
+
+
+_SPACE = re.compile(r"\s")
+
+
+def _words(value: str | Sequence[str]) -> list[str]:
+    """Words, a space before each, so that one is the same unit wherever it stands."""
+    if isinstance(value, str):
+        return [f" {word}" for word in value.split()]
+    return [f" {_SPACE.sub('_', word)}" for word in value]
+
+
+def _expect_text(text: str | Sequence[str]) -> None:
+    if not text or (isinstance(text, str) and text.isspace()):
+        raise DataError("the text is empty: expected at least one character that is not white space")
+
+
+def _spell(rows: Sequence[tuple[Array, ...]], steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The different words of a batch: which one each step is, int64 [T B], their characters [C N], lengths [N]."""
+    known: dict[bytes, int] = {}
+    spelt: list[Array] = []
+    which = np.zeros((steps, len(rows)), np.int64)
+    for b, (_, characters, counts) in enumerate(rows):
+        ends = np.cumsum(counts)
+        for t, end in enumerate(ends.tolist()):
+            word = characters[end - counts[t] : end]
+            number = known.setdefault(word.tobytes(), len(spelt))
+            if number == len(spelt):
+                spelt.append(word)
+            which[t, b] = number
+    return torch.from_numpy(which), pad(spelt), count(spelt)
 
 
 class TextReader(nn.Module):
@@ -31,11 +170,12 @@ class TextReader(nn.Module):
     Args:
         symbols: V, the size of the vocabulary.
         embedding: E, or None for one-hot.
+        drop: share of symbols that are read as `<unk>` while training, so that it comes to mean something.
     """
 
-    def __init__(self, symbols: int, embedding: int | None) -> None:
+    def __init__(self, symbols: int, embedding: int | None, *, drop: float = 0.0) -> None:
         super().__init__()
-        self.symbols = symbols
+        self.symbols, self.drop = symbols, drop
         self.table = None if embedding is None else nn.Parameter(torch.randn(symbols, embedding))
 
     @property
@@ -45,7 +185,52 @@ class TextReader(nn.Module):
 
     def forward(self, ids: Int[Tensor, "*steps"]) -> Lookup:
         """The steps for these symbols, ids int64 `[T B]` or `[B]`."""
-        return Lookup(ids, self.table)
+        return Lookup(_forget(ids, self.drop, self.training), self.table)
+
+
+class WordReader(nn.Module):
+    """Words -> steps of vectors: a row of a learned table joined with what a small recurrent reader makes of the word's
+    characters, its last states in both directions (Ling et al. 2015; Plank et al. 2016).
+
+    Each different word of a batch is read once, however often it occurs.
+
+    Args:
+        words, embedding: V and E of the table; characters, hidden: how many there are, and H of their reader.
+        drop: see `TextReader`.
+    """
+
+    def __init__(
+        self, words: int, embedding: int, characters: int, hidden: int, *, drop: float = 0.0, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(words, embedding))
+        self.letters = nn.Parameter(torch.randn(characters, max(hidden // 2, 1)))
+        self.core = Core("lstm", self.letters.shape[1], hidden, bidirectional=True, backend=backend)
+        self.drop = drop
+
+    @property
+    def step_size(self) -> int:
+        """I: E + 2H."""
+        return self.table.shape[1] + 2 * self.core.hidden_size
+
+    def forward(
+        self,
+        ids: Int[Tensor, "T B"],
+        which: Int[Tensor, "T B"],
+        characters: Int[Tensor, "C N"],
+        lengths: Int[Tensor, "N"],
+    ) -> Float[Tensor, "T B I"]:
+        """The steps for word ids, and the characters of the batch's N different words, `which` of them each step is."""
+        state = self.core(Lookup(characters, self.letters), lengths=lengths, outputs=False).state
+        spelt = torch.cat([cell.h for cell in state.cells], dim=-1)
+        words = F.embedding(_forget(ids, self.drop, self.training), self.table)
+        return torch.cat([words, spelt[which].to(words.dtype)], dim=-1)
+
+
+def _forget(ids: Tensor, share: float, training: bool) -> Tensor:
+    if not training or share == 0:
+        return ids
+    return torch.where(torch.rand(ids.shape, device=ids.device) < share, Vocabulary.unknown, ids)
 
 
 class NextWriter(nn.Module):

@@ -21,10 +21,11 @@ from unrolled.vocabulary.characters import CharacterVocabulary, JamoVocabulary
 from unrolled.vocabulary.contract import UNITS, Decoder, Encoder, Vocabulary
 from unrolled.vocabulary.hangul import compose, decompose
 from unrolled.vocabulary.subwords import SubwordVocabulary
-from unrolled.vocabulary.words import WordVocabulary, last_border
+from unrolled.vocabulary.words import WORD, WordVocabulary, last_border
 
 __all__ = [
     "UNITS",
+    "WORD",
     "CharacterVocabulary",
     "Decoder",
     "Encoder",
