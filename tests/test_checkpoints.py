@@ -1,4 +1,4 @@
-"""Model folders: what is saved comes back bit for bit, what is not whole is refused by name, nothing is lost when the
+"""LanguageModel folders: what is saved comes back bit for bit, what is not whole is refused by name, nothing is lost when the
 disk is full."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unrolled.checkpoints import (
 )
 from unrolled.config import resolve, to_dict
 from unrolled.errors import ConfigError, StorageError, UnrolledError
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 from unrolled.training import train
 from unrolled.vocabulary import build_vocabulary
 
@@ -79,13 +79,13 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
-def make(text: str = TEXT, **settings: Any) -> Model:
+def make(text: str = TEXT, **settings: Any) -> LanguageModel:
     layers: dict[str, dict[str, Any]] = {"core": {"hidden": 6, "layers": 2}}
     for key, value in settings.items():
         section, name = key.split("__")
         layers.setdefault(section, {})[name] = value
     config = resolve(layers)
-    return Model(config, build_vocabulary(config.input.unit, [text], max_size=300))
+    return LanguageModel(config, build_vocabulary(config.input.unit, [text], max_size=300))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -388,7 +388,7 @@ def test_a_config_that_does_not_make_sense_is_named(tmp_path: Path) -> None:
 
 def test_the_last_checkpoint_and_those_to_keep_stay(tmp_path: Path) -> None:
     model = make()
-    begin_folder(tmp_path / "m", model.config, model.vocabulary)
+    begin_folder(tmp_path / "m", model.config, model.ends)
     assert checkpoint_steps(tmp_path / "m") == []
     for step, keep, expected in (
         (0, {0}, [0]),

@@ -19,14 +19,14 @@ from torch import Tensor
 from unrolled import native
 from unrolled.decoding import Sampling, _limit, choose, generate, next_distribution
 from unrolled.errors import ConfigError, DataError, ModelError
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 from unrolled.vocabulary import UNITS
 
 every_unit = pytest.mark.parametrize("unit", UNITS)
 PROMPT = "나는 닭이"
 
 
-def write(model: Model, prompt: str = PROMPT, **settings: Any) -> str:
+def write(model: LanguageModel, prompt: str = PROMPT, **settings: Any) -> str:
     return "".join(generate(model, prompt, **settings))
 
 
@@ -156,7 +156,7 @@ def test_other_ranges_are_refused_at_once() -> None:
 # What is written, against the whole of it read anew for every symbol.
 
 
-def symbols_by_hand(model: Model, prompt: str, count: int, sampling: Sampling, seed: int) -> list[int]:
+def symbols_by_hand(model: LanguageModel, prompt: str, count: int, sampling: Sampling, seed: int) -> list[int]:
     """Symbols drawn from the scores of `model(everything so far)`; nothing is stepped."""
     ids = model.vocabulary.encode(prompt or "\n").tolist()
     start, generator = len(ids), torch.Generator().manual_seed(seed)
@@ -279,7 +279,7 @@ def test_a_prompt_of_many_characters_is_read_to_its_end() -> None:
 class Counted:
     """A model's steps, counted."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.steps, original = 0, model.step
 
         def step(ids: Tensor, state: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unrolled.errors import ConfigError, DataError, ModelError
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 from unrolled.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def next_distribution(
 
 
 def generate(
-    model: Model,
+    model: LanguageModel,
     prompt: str = "",
     *,
     length: int = 400,
@@ -138,7 +138,7 @@ def generate(
     return _limit(_write(model, ids, sampling, seed), length, stop)
 
 
-def _prompt_ids(model: Model, prompt: str) -> Tensor:
+def _prompt_ids(model: LanguageModel, prompt: str) -> Tensor:
     missing = model.vocabulary.missing(prompt)
     if missing:
         raise DataError(
@@ -178,7 +178,7 @@ def _uniforms(seed: int | None) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()  # torch enters and leaves it around every piece, so the caller's own mode stays as it was
-def _write(model: Model, ids: Tensor, sampling: Sampling, seed: int | None) -> Iterator[str]:
+def _write(model: LanguageModel, ids: Tensor, sampling: Sampling, seed: int | None) -> Iterator[str]:
     """The endless text: one decided piece per symbol, empty while nothing is decided yet."""
     written: deque[int] = deque(ids.tolist(), maxlen=sampling.repetition_window)
     decoder = model.vocabulary.decoder()
@@ -253,7 +253,7 @@ def _write_natively(
 
 
 @contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
+def _evaluating(model: LanguageModel) -> Iterator[None]:
     """The model in evaluation mode; what the caller had set it to is there again before anything is yielded."""
     training = model.training
     if training:

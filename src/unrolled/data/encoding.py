@@ -169,7 +169,7 @@ def encode_texts(
             progress(read_before + read)
 
     with ExitStack() as stack:
-        with _writing(directory):
+        with writing_here(directory):
             # Without a buffer, since closing would try once more to write what found the disk full.
             file = stack.enter_context(tempfile.TemporaryFile(buffering=0, dir=directory))
         for path in files:
@@ -191,7 +191,7 @@ def encode_texts(
                     unusual = unknown[sizes[unknown] != 1]
                     odd.extend((units + unusual).tolist())
                     odd_sizes.extend(sizes[unusual].tolist())
-                with _writing(directory):
+                with writing_here(directory):
                     rest = ids.view(np.uint8).data
                     while rest:
                         rest = rest[file.write(rest) :]
@@ -200,7 +200,7 @@ def encode_texts(
             read_here = 0
         if not units:
             raise DataError(f"there is no text in {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''}")
-        with _writing(directory):
+        with writing_here(directory):
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return EncodedText(
         np.frombuffer(mapped, vocabulary.dtype),
@@ -212,7 +212,7 @@ def encode_texts(
 
 
 @contextmanager
-def _writing(directory: str | Path | None) -> Iterator[None]:
+def writing_here(directory: str | Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,4 +1,24 @@
-"""Kinds: what may stand at an end of a model. A reader turns a raw value into steps of vectors; a writer turns
-hidden states into scores, a loss, and output. One file per kind."""
+"""What may stand at an end of a model. A new kind is a file here that keeps `contract.Input` or `contract.Output`."""
 
-__all__: list[str] = []
+from __future__ import annotations
+
+from unrolled.kinds.contract import INPUTS, OUTPUTS, Answer, Ends, Input, Output, register
+from unrolled.kinds.label import Label, Labels
+from unrolled.kinds.number import Number, Numbers
+from unrolled.kinds.text import NextSymbol, Text
+
+__all__ = [
+    "INPUTS",
+    "OUTPUTS",
+    "Answer",
+    "Ends",
+    "Input",
+    "Label",
+    "Labels",
+    "NextSymbol",
+    "Number",
+    "Numbers",
+    "Output",
+    "Text",
+    "register",
+]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from unrolled.errors import StorageError, nearest
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
 
     from unrolled.config import Config
+    from unrolled.nn import Core
+    from unrolled.unroll import Unrolled
 
 __all__ = [
     "INPUTS",
@@ -117,9 +119,18 @@ class Score(ABC):
         """The figures by name, plain values for JSON."""
 
 
-Run: TypeAlias = Callable[..., Any]
-"""The model's core over steps: `run(x, state=None, lengths=..., outputs=True) -> unrolled.unroll.Unrolled`, with
-dropout as the model has it. `x` is what `read` gave."""
+class Run(Protocol):
+    """The model's core with its dropout, as a writer runs it."""
+
+    core: Core
+
+    def __call__(
+        self, x: Any, state: Any = None, *, lengths: Tensor | None = None, outputs: bool = True
+    ) -> Unrolled:
+        """The core over steps `[T B I]`, which the reader gave; its outputs with dropout while training."""
+
+    def drop(self, hidden: Float[Tensor, "*T B H"]) -> Float[Tensor, "*T B H"]:
+        """Dropout before the output, for what did not come from `outputs`."""
 
 
 class Writer(nn.Module, ABC):
@@ -193,8 +204,9 @@ class Output(ABC):
         return Targets(tuple(pad(column) for column in zip(*rows, strict=True)), count([row[0] for row in rows]))
 
     @abstractmethod
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
-        """The part of the model that answers. size: of a hidden state vector of the core."""
+    def writer(self, config: Config, reader: Any, core: Core) -> nn.Module:
+        """The part of the model that answers, a `Writer`: made for steps of `reader.step_size` numbers and hidden states
+        of `core.output_size`."""
 
     @abstractmethod
     def answer(self, raw: Any) -> Answer:
@@ -213,10 +225,10 @@ class Output(ABC):
 
 def pad(arrays: Sequence[Array]) -> Tensor:
     """Arrays [n_b ...] as one tensor `[T B ...]`, zeros after each one's end; integers as int64, floats as float32,
-    bytes as they are."""
+    pixels (bytes that have more than one dimension) as they are."""
     first = arrays[0]
     steps = max(len(array) for array in arrays)
-    dtype = first.dtype if first.dtype == np.uint8 else np.int64 if first.dtype.kind in "iub" else np.float32
+    dtype = first.dtype if first.dtype == np.uint8 and first.ndim > 1 else np.int64 if first.dtype.kind in "iub" else np.float32
     padded = np.zeros((steps, len(arrays), *first.shape[1:]), dtype)
     for b, array in enumerate(arrays):
         padded[: len(array), b] = array

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unrolled import native
 from unrolled.errors import DataError
-from unrolled.kinds.contract import Answer, Arrays, Input, Loss, Output, Run, Score, Steps, Targets, Writer, register
+from unrolled.kinds.contract import Answer, Arrays, Loss, Output, Run, Score, Steps, Targets, Writer, register
 from unrolled.kinds.pooling import Pooling
 from unrolled.kinds.scores import LabelScore, TagScore
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from unrolled.config import Config
+    from unrolled.nn import Core
 
 __all__ = ["Label", "LabelWriter", "Labels", "LabelsWriter"]
 
@@ -85,10 +86,10 @@ class Label(_Named):
     def encode(self, value: str) -> Arrays:
         return (np.array([self.number(value)], np.int64),)
 
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
+    def writer(self, config: Config, reader: Any, core: Core) -> Writer:
         output = config.output
         return LabelWriter(
-            size, len(self.names), output.pooling, smoothing=output.label_smoothing, backend=config.training.backend
+            core.output_size, len(self.names), output.pooling, smoothing=output.label_smoothing, backend=config.training.backend
         )
 
     def answer(self, raw: Tensor) -> Answer:
@@ -116,9 +117,9 @@ class Labels(_Named):
     def encode(self, value: Sequence[str] | str) -> Arrays:
         return (np.array([self.number(name) for name in labels_of(value)], np.int64),)
 
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
+    def writer(self, config: Config, reader: Any, core: Core) -> Writer:
         return LabelsWriter(
-            size, len(self.names), smoothing=config.output.label_smoothing, backend=config.training.backend
+            core.output_size, len(self.names), smoothing=config.output.label_smoothing, backend=config.training.backend
         )
 
     def answer(self, raw: Tensor) -> Answer:
