@@ -30,7 +30,7 @@ class Scratch(io.RawIOBase):
         self._directory, self._what = directory, what
         with self._writing():
             # Without a buffer, since closing would try once more to write what found the disk full.
-            self._file = tempfile.TemporaryFile(buffering=0, dir=directory)
+            self._file = tempfile.TemporaryFile(buffering=0, dir=directory)  # noqa: SIM115 - closed by close
 
     def writable(self) -> bool:
         return True
