@@ -264,7 +264,7 @@ def predict(
     """
     from unrolled.checkpoints import load
     from unrolled.decoding import BeamSettings, Sampling
-    from unrolled.prediction import Searching, given_values
+    from unrolled.prediction import Searching, given_values, longest
     from unrolled.prediction import predict as run
 
     drawn = None
@@ -276,7 +276,7 @@ def predict(
             length_penalty=length_penalty,
             n_best=n_best,
             min_length=min_length,
-            max_length=max_length,
+            max_length=longest if max_length is None else max_length,
             block_ngram=block_ngram,
         ),
         sampling=drawn,
@@ -326,7 +326,7 @@ def evaluate(
     from unrolled.decoding import BeamSettings
     from unrolled.evaluation import evaluate_examples, evaluate_text
     from unrolled.model import LanguageModel
-    from unrolled.prediction import Searching, expect_answers
+    from unrolled.prediction import Searching, expect_answers, longest
     from unrolled.progress import open_bar
 
     loaded = load(model)
@@ -334,7 +334,7 @@ def evaluate(
         figures = evaluate_examples(
             expect_answers(loaded),
             data,
-            searching=Searching(BeamSettings(beam=beam)),
+            searching=Searching(BeamSettings(beam=beam, max_length=longest)),
             input=input,
             output=output,
             skip_bad=skip_bad,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from unrolled.config import parse_end, resolve, to_dict
 from unrolled.data import Batches, Examples, Values, encode_examples, open_data, read_values
@@ -23,18 +24,23 @@ Source: TypeAlias = Callable[[int], Any]
 __all__ = ["Searching", "answers", "expect_answers", "given_values", "predict"]
 
 
+def longest(source: Tensor) -> Tensor:
+    """How long a text may become if nothing else is said: twice the source's steps and 50 more, `[B]`."""
+    return 2 * source + 50
+
+
 @dataclass(frozen=True)
 class Searching:
     """How text is written: by beam search, of which beam 1 is greedy, or drawn at random.
 
     Attributes:
-        beams: see `unrolled.decoding.BeamSettings`; its `max_length` None: twice the source's steps and 50 more.
+        beams: see `unrolled.decoding.BeamSettings`.
         sampling: draw so in place of searching; seed: of the random numbers.
         prefix: what every text begins with.
         replace_unknown: write unknown words too, each as the source word at which attention looked most.
     """
 
-    beams: BeamSettings = field(default_factory=BeamSettings)
+    beams: BeamSettings = field(default_factory=lambda: BeamSettings(max_length=longest))
     sampling: Sampling | None = None
     seed: int = 1
     prefix: str = ""
@@ -127,7 +133,7 @@ def _answer(
     if not isinstance(output, Written):
         return model.answer(steps)
     searching = searching or Searching()
-    found = _write(model, steps, output, searching)
+    found = _write(model, steps, output, searching, rows)
     read = None
     if searching.replace_unknown:
         read = _expect_words(model, source)
@@ -171,7 +177,7 @@ def answers(
         yield from zip(rows.tolist(), found, strict=True)
 
 
-def _write(model: ExampleModel, steps: Any, output: Written, searching: Searching) -> list[list[Hypothesis]]:
+def _write(model: ExampleModel, steps: Any, output: Written, searching: Searching, numbers: Sequence[int]) -> list[list[Hypothesis]]:
     rows = len(steps.lengths)
     source = model.ends.input
     if isinstance(source, Text):
@@ -183,15 +189,27 @@ def _write(model: ExampleModel, steps: Any, output: Written, searching: Searchin
     if searching.prefix:
         prefix = [output.vocabulary.encode(searching.prefix).tolist()] * rows
     barred = [] if searching.replace_unknown else [output.vocabulary.unknown]
-    common: dict[str, Any] = {"rows": rows, "start": output.start, "end": output.end, "barred": barred}
+    common: dict[str, Any] = {
+        "rows": rows,
+        "start": torch.full((rows,), output.start, device=model.device),
+        "end": output.end,
+        "lengths": steps.lengths,
+        "prefix": prefix,
+        "barred": barred,
+    }
     settings = searching.beams
-    if settings.max_length is None:
-        settings = replace(settings, max_length=(2 * steps.lengths + 50).tolist())
-    if searching.sampling is not None:
-        return sample(
-            model, state, sampling=searching.sampling, seed=searching.seed, settings=settings, prefix=prefix, **common
-        )
-    return beam_search(model, state, settings=settings, prefix=prefix, **common)
+    if searching.sampling is None:
+        return beam_search(model, state, settings=settings, **common)
+    drawn = sample(
+        model,
+        state,
+        sampling=searching.sampling,
+        seeds=[searching.seed + number for number in numbers],
+        min_length=settings.min_length,
+        max_length=settings.max_length,
+        **common,
+    )
+    return [[hypothesis] for hypothesis in drawn]
 
 
 def _told(output: Written, hypotheses: list[Hypothesis], read: list[str] | None) -> Answer:

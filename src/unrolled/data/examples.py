@@ -139,8 +139,10 @@ def read_values(table: Table, config: Config, *, outputs: bool | None = True) ->
     read_input = _row_reader(config, inputs, table)
     read_output = _output_reader(config, wanted)
 
+    needed = list(dict.fromkeys([*inputs, *wanted]))
+
     def get(rows: Sequence[int]) -> Iterator[tuple[Any, Any]]:
-        for number, row in zip(rows, table.take(rows), strict=True):
+        for number, row in zip(rows, table.take(rows, needed), strict=True):
             yield read_input(row, number), read_output(row) if labelled else None
 
     return Values(len(table), get, table.where, table.fingerprint, has_outputs=labelled)
@@ -160,7 +162,7 @@ def _columns(table: Table, named: Sequence[str], usual: str, end: str) -> tuple[
 
 
 def _repeats(table: Table, column: str) -> bool:
-    first = [row[column] for row in table.take(range(min(2, len(table))))]
+    first = [row[column] for row in table.take(range(min(2, len(table))), [column])]
     return len(first) == 2 and first[0] == first[1]
 
 
@@ -199,17 +201,15 @@ def _grouped(
     table: Table, config: Config, inputs: Sequence[str], wanted: Sequence[str], group: str, labelled: bool
 ) -> Values:
     rows_of: dict[str, list[int]] = {}
-    row = 0
-    for start in range(0, len(table), _ROWS):
-        for cells in table.take(range(start, min(start + _ROWS, len(table)))):
-            rows_of.setdefault(str(cells[group]), []).append(row)
-            row += 1
+    for row, name in enumerate(table.column(group)):
+        rows_of.setdefault(str(name), []).append(row)
+    needed = list(dict.fromkeys([*inputs, *wanted]))
     groups = [np.array(rows) for rows in rows_of.values()]
     kind, asked = config.input.kind, config.output.kind
 
     def get(numbers: Sequence[int]) -> Iterator[tuple[Any, Any]]:
         for number in numbers:
-            rows = list(table.take(groups[number].tolist()))
+            rows = table.take(groups[number].tolist(), needed)
             first = int(groups[number][0])
             if kind == "series":
                 value: Any = _matrix([[row[name] for name in inputs] for row in rows])
@@ -259,7 +259,7 @@ def forecast_values(table: Table, config: Config, *, part: tuple[float, float] =
     inputs = _columns(table, config.input.columns, "series", "input")
     group = config.data.group
     if group is None:
-        whole = [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)))])]
+        whole = [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)), inputs)])]
     else:
         whole = [value for value, _ in _grouped(table, config, inputs, (), group, False)]
     window, horizon = config.training.window, config.output.horizon

@@ -6,6 +6,7 @@ from unrolled.kinds.contract import INPUTS, OUTPUTS, Answer, Ends, Input, Output
 from unrolled.kinds.label import Label, Labels
 from unrolled.kinds.number import Number, Numbers
 from unrolled.kinds.text import NextSymbol, Text
+from unrolled.kinds.written import Written
 
 __all__ = [
     "INPUTS",
@@ -20,5 +21,6 @@ __all__ = [
     "Numbers",
     "Output",
     "Text",
+    "Written",
     "register",
 ]
