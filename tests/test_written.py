@@ -118,7 +118,8 @@ def test_without_a_difference_in_shape_the_state_is_passed_as_it_is() -> None:
         encoded = model.core(model.reader(*steps.tensors), lengths=steps.lengths).state
         first = model.begin(steps).cells
     for a, b in zip(encoded.cells, first.cells, strict=True):
-        assert torch.equal(a.h, b.h) and torch.equal(a.c, b.c)
+        assert torch.equal(a.h, b.h)
+        assert torch.equal(a.c, b.c)
 
 
 def test_encoder_and_decoder_share_no_weights() -> None:
@@ -180,7 +181,8 @@ def test_the_gradient_reaches_both_cores() -> None:
         model = translator(**way).train()
         model.loss(*batch(model, PAIRS)).total.backward()
         for name, parameter in model.named_parameters():
-            assert parameter.grad is not None and bool(parameter.grad.any()), (way, name)
+            assert parameter.grad is not None, (way, name)
+            assert bool(parameter.grad.any()), (way, name)
 
 
 def test_a_list_of_texts_is_learnt_by_its_first() -> None:

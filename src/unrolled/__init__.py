@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["LanguageModel", "Model", "UnrolledError", "__version__", "evaluate", "generate", "load", "predict", "save", "train"]
+__all__ = [
+    "LanguageModel",
+    "Model",
+    "UnrolledError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load",
+    "predict",
+    "save",
+    "train",
+]
 
 # A name is imported when it is first asked for: `unrolled --help` must answer without torch, and
 # `import unrolled.nn` without what only training or the command line needs.

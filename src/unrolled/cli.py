@@ -73,12 +73,18 @@ def _opt(help: str, panel: str, *names: str, **more: Any) -> Any:
 def train(
     data: Annotated[
         list[Path],
-        typer.Argument(help="Texts (.txt, .gz, .xz, folders); or a table: TSV, CSV, JSONL, Parquet, CoNLL, packed or not."),
+        typer.Argument(
+            help="Texts (.txt, .gz, .xz, folders); or a table: TSV, CSV, JSONL, Parquet, CoNLL, packed or not."
+        ),
     ],
     out: Annotated[Path, _opt("The model folder to write.", _RUN, "--out", "-o")],
     input: Annotated[
         str | None,
-        _opt("text (default), image, video, series or vector, and its columns: text:document.", _ENDS, metavar="KIND:COLUMN"),
+        _opt(
+            "text (default), image, video, series or vector, and its columns: text:document.",
+            _ENDS,
+            metavar="KIND:COLUMN",
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -104,7 +110,8 @@ def train(
     embedding: Annotated[int | None, _opt("Learned vectors of this size in place of one-hot input.", _MODEL)] = None,
     dropout: Annotated[float | None, _opt("Share of values dropped between layers (0.3).", _MODEL)] = None,
     bidirectional: Annotated[
-        bool, _opt("Read in both directions; what needs the future cannot stream.", _MODEL, "--bidirectional", metavar="")
+        bool,
+        _opt("Read in both directions; what needs the future cannot stream.", _MODEL, "--bidirectional", metavar=""),
     ] = False,
     pooling: Annotated[
         str | None, _opt("What a label is told from: last state (default), mean, max or attention.", _MODEL)
@@ -190,7 +197,9 @@ def train(
     from unrolled.training import prepare_config
 
     if dump_config:
-        typer.echo(explain(prepare_config(out, config, input=input, output=output, resume=resume, **settings)), nl=False)
+        typer.echo(
+            explain(prepare_config(out, config, input=input, output=output, resume=resume, **settings)), nl=False
+        )
         return
 
     from unrolled.progress import open_bar
@@ -227,9 +236,7 @@ _SEARCH = "Writing text"
 @app.command(no_args_is_help=True)
 def predict(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
-    inputs: Annotated[
-        list[str] | None, typer.Argument(help="Texts or files; none: lines of standard input.")
-    ] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(help="Texts or files; none: lines of standard input.")] = None,
     input: Annotated[
         str | None, typer.Option(help="Columns of a table, if not those of training.", metavar="KIND:COLUMN")
     ] = None,

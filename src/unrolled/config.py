@@ -101,9 +101,7 @@ class InputConfig(_Section):
     vectors: _Path | None = Field(
         None, description="Text file of pretrained word vectors (word2vec, fastText) that the embedding starts from."
     )
-    width: int = Field(
-        1, ge=1, description="How many numbers make a step, where a row of a table is a whole series."
-    )
+    width: int = Field(1, ge=1, description="How many numbers make a step, where a row of a table is a whole series.")
     size: int = Field(48, ge=8, description="Side in pixels to which images and frames are brought.")
     rows: bool = Field(False, description="Read an image row by row, a step each, not as one step.")
     features: int = Field(

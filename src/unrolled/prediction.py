@@ -177,7 +177,9 @@ def answers(
         yield from zip(rows.tolist(), found, strict=True)
 
 
-def _write(model: ExampleModel, steps: Any, output: Written, searching: Searching, numbers: Sequence[int]) -> list[list[Hypothesis]]:
+def _write(
+    model: ExampleModel, steps: Any, output: Written, searching: Searching, numbers: Sequence[int]
+) -> list[list[Hypothesis]]:
     rows = len(steps.lengths)
     source = model.ends.input
     if isinstance(source, Text):

@@ -1,6 +1,6 @@
 """Rows of a table to examples: the raw values of both ends, and both ends encoded.
 
-    Table -> Values -> Examples -> batches of (Steps, Targets)
+Table -> Values -> Examples -> batches of (Steps, Targets)
 """
 
 from __future__ import annotations
@@ -225,9 +225,7 @@ def _grouped(
             else:
                 yield value, _output_reader(config, wanted)(rows[-1])
 
-    return Values(
-        len(groups), get, lambda g: table.where(int(groups[g][0])), table.fingerprint, has_outputs=labelled
-    )
+    return Values(len(groups), get, lambda g: table.where(int(groups[g][0])), table.fingerprint, has_outputs=labelled)
 
 
 def _matrix(rows: Sequence[Sequence[Any]]) -> Array:
@@ -363,7 +361,9 @@ def encode_examples(
             break
         except DataError as error:
             if skip_bad:
-                raise DataError(f"{values.where(number)}: {error} (--skip-bad cannot skip what is not a value)") from None
+                raise DataError(
+                    f"{values.where(number)}: {error} (--skip-bad cannot skip what is not a value)"
+                ) from None
             raise DataError(f"{values.where(number)}: {error}") from None
         try:
             lengths = []

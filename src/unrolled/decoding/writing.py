@@ -12,7 +12,6 @@ from torch import Tensor
 
 from unrolled.decoding.sampling import NOT_FINITE, Sampling, choose, next_distribution, uniforms
 from unrolled.errors import ConfigError, DataError, ModelError
-from unrolled.model import Model
 from unrolled.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

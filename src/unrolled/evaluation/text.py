@@ -110,7 +110,9 @@ def _exp(x: float) -> float:
 
 
 @torch.inference_mode()
-def _cross_entropy(model: LanguageModel, text: EncodedText, lanes: int, warm: int, watcher: Watcher) -> tuple[float, int]:
+def _cross_entropy(
+    model: LanguageModel, text: EncodedText, lanes: int, warm: int, watcher: Watcher
+) -> tuple[float, int]:
     """Summed nats and the number of predicted symbols."""
     steps = len(text) - 1
     per_lane = -(-steps // lanes)

@@ -124,9 +124,7 @@ class Run(Protocol):
 
     core: Core
 
-    def __call__(
-        self, x: Any, state: Any = None, *, lengths: Tensor | None = None, outputs: bool = True
-    ) -> Unrolled:
+    def __call__(self, x: Any, state: Any = None, *, lengths: Tensor | None = None, outputs: bool = True) -> Unrolled:
         """The core over steps `[T B I]`, which the reader gave; its outputs with dropout while training."""
 
     def drop(self, hidden: Float[Tensor, "*T B H"]) -> Float[Tensor, "*T B H"]:
@@ -228,7 +226,13 @@ def pad(arrays: Sequence[Array]) -> Tensor:
     pixels (bytes that have more than one dimension) as they are."""
     first = arrays[0]
     steps = max(len(array) for array in arrays)
-    dtype = first.dtype if first.dtype == np.uint8 and first.ndim > 1 else np.int64 if first.dtype.kind in "iub" else np.float32
+    dtype = (
+        first.dtype
+        if first.dtype == np.uint8 and first.ndim > 1
+        else np.int64
+        if first.dtype.kind in "iub"
+        else np.float32
+    )
     padded = np.zeros((steps, len(arrays), *first.shape[1:]), dtype)
     for b, array in enumerate(arrays):
         padded[: len(array), b] = array

@@ -89,7 +89,11 @@ class Label(_Named):
     def writer(self, config: Config, reader: Any, core: Core) -> Writer:
         output = config.output
         return LabelWriter(
-            core.output_size, len(self.names), output.pooling, smoothing=output.label_smoothing, backend=config.training.backend
+            core.output_size,
+            len(self.names),
+            output.pooling,
+            smoothing=output.label_smoothing,
+            backend=config.training.backend,
         )
 
     def answer(self, raw: Tensor) -> Answer:
@@ -155,9 +159,7 @@ class _Classes(nn.Module):
     def loss(self, hidden: Float[Tensor, "M H"], targets: Int[Tensor, "M"]) -> Loss:
         scores = self(hidden)
         scores = scores if scores.dtype == torch.float64 else scores.float()
-        total = F.cross_entropy(
-            scores, targets, ignore_index=_UNSEEN, reduction="sum", label_smoothing=self.smoothing
-        )
+        total = F.cross_entropy(scores, targets, ignore_index=_UNSEEN, reduction="sum", label_smoothing=self.smoothing)
         return Loss(total, int((targets != _UNSEEN).sum()))
 
 

@@ -48,9 +48,7 @@ class Text(Input):
 
     kind: ClassVar[str] = "text"
 
-    def __init__(
-        self, vocabulary: Vocabulary, characters: Vocabulary | None = None, *, aligned: bool = False
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, characters: Vocabulary | None = None, *, aligned: bool = False) -> None:
         self.vocabulary, self.characters, self.aligned = vocabulary, characters, aligned
 
     @classmethod

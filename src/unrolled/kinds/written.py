@@ -66,9 +66,7 @@ class Written(Output):
                 yield _first(value)
                 yield "\n"  # so that no unit reaches from one text into the next
 
-        return cls(
-            build_vocabulary(unit, texts(), max_size=settings.max_vocabulary, min_count=settings.min_count)
-        )
+        return cls(build_vocabulary(unit, texts(), max_size=settings.max_vocabulary, min_count=settings.min_count))
 
     def encode(self, value: str | Sequence[str]) -> Arrays:
         text = _first(value)
@@ -349,7 +347,7 @@ class CaptionState(NamedTuple):
 class OneToMany(_Symbols):
     """The core that read one step writes on: x_1 is the input, later ones are its own last word, or zeros.
 
-        h_1 = cell(x_1, 0),  y_u = W h_u + b,  h_{u+1} = cell(table[word u] or 0, h_u)
+    h_1 = cell(x_1, 0),  y_u = W h_u + b,  h_{u+1} = cell(table[word u] or 0, h_u)
     """
 
     def __init__(self, config: Config, reader: Any, core: Core, symbols: int) -> None:

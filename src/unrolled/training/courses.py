@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unrolled.cells import map_state
+from unrolled.checkpoints import weights_of
 from unrolled.config import Config
 from unrolled.data import (
     Batches,
@@ -29,7 +30,6 @@ from unrolled.data import (
     read_values,
     split_text,
 )
-from unrolled.checkpoints import weights_of
 from unrolled.errors import DataError
 from unrolled.evaluation import evaluate, judge_examples
 from unrolled.kinds import INPUTS, OUTPUTS, Ends, Input, NextSymbol, Text
@@ -281,9 +281,7 @@ class ExampleCourse(Course):
         for name, values in (("encoding", learn), ("encoding validation", held_out)):
             watcher.start(name, len(values))
             parts.append(
-                encode_examples(
-                    values, ends, skip_bad=config.data.skip_bad, directory=scratch, progress=watcher.update
-                )
+                encode_examples(values, ends, skip_bad=config.data.skip_bad, directory=scratch, progress=watcher.update)
             )
             watcher.stop()
             for bad in parts[-1].bad[:10]:
