@@ -1,4 +1,4 @@
-"""LanguageModel folders: what is saved comes back bit for bit, what is not whole is refused by name, nothing is lost when the
+"""Model folders: what is saved comes back bit for bit, what is not whole is refused by name, nothing is lost when the
 disk is full."""
 
 from __future__ import annotations

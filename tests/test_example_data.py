@@ -67,7 +67,7 @@ def test_values_are_those_of_the_named_columns() -> None:
 
 def test_a_missing_column_is_named_with_the_nearest() -> None:
     config = config_of("text:txt", "label")
-    with pytest.raises(DataError, match="txt.*did you mean 'text'"):
+    with pytest.raises(DataError, match=r"txt.*did you mean 'text'"):
         read_values(open_data(ROWS, config), config)
 
 
@@ -79,8 +79,10 @@ def test_rows_of_a_group_are_one_example() -> None:
     config = config_of("series:x,y", "labels:phase", group="video")
     values = read_values(open_data(rows, config), config)
     (xa, ya), (xb, yb) = values
-    assert xa.tolist() == [[1, -1], [2, -2], [3, -3]] and ya == ["u", "v", "u"]
-    assert xb.tolist() == [[5, -5], [6, -6]] and yb == ["u", "v"]
+    assert xa.tolist() == [[1, -1], [2, -2], [3, -3]]
+    assert ya == ["u", "v", "u"]
+    assert xb.tolist() == [[5, -5], [6, -6]]
+    assert yb == ["u", "v"]
 
 
 def test_a_row_may_be_a_whole_series() -> None:

@@ -24,7 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="""Recurrent sequence models: train them fast on the CPU you have. What goes in and what comes out decide the form.
+    help="""Recurrent sequence models: train them fast on the CPU you have. What goes in and what comes out decide
+    the form.
 
     [bold]A first round[/bold]
 

@@ -84,7 +84,7 @@ class _Run:
         self.core = core
 
     def __call__(self, x: Any, state: Any = None, *, lengths: Any = None, outputs: bool = True) -> Unrolled:
-        run = self.core(x, state, lengths=lengths, outputs=outputs)
+        run: Unrolled = self.core(x, state, lengths=lengths, outputs=outputs)
         return run._replace(outputs=self.drop(run.outputs)) if outputs else run
 
     def drop(self, hidden: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class ExampleModel(Model):
         return loss
 
     def answer(self, steps: Steps) -> list[Answer]:
-        """What the model says about each input of a batch; not for text, which is searched for (`unrolled.decoding`)."""
+        """What the model says about each input of a batch; not for text, which is searched for."""
         raw = self.writer.answer(lambda: self._read(steps), _Run(self.core), steps)
         return [self.ends.output.answer(row) for row in raw]
 

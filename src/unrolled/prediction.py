@@ -227,7 +227,7 @@ def _told(output: Written, hypotheses: list[Hypothesis], read: list[str] | None)
 
 def _with_source(output: Written, hypothesis: Hypothesis, read: list[str]) -> str:
     """The text, with each unknown word as the source word at which attention looked most when it was written."""
-    vocabulary, words = output.vocabulary, []
+    vocabulary, words = output.vocabulary, list[str]()
     for u, i in enumerate(hypothesis.ids):
         if i == vocabulary.unknown and hypothesis.attention is not None:
             word = read[int(hypothesis.attention[u][: len(read)].argmax())].strip()

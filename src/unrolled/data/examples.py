@@ -29,7 +29,8 @@ Array: TypeAlias = npt.NDArray[Any]
 _USUAL = {
     "text": ("text", "form", "sentence", "source", "document"), "label": ("label",), "number": ("number",),
     "labels": ("tag", "upos", "labels", "label"), "numbers": ("numbers", "number"), "image": ("file", "image"),
-    "video": ("file", "video"), "vector": ("file", "vector"), "series": ("file", "series"), "target": ("target", "text"),
+    "video": ("file", "video"), "vector": ("file", "vector"), "series": ("file", "series"),
+    "target": ("target", "text"),
 }  # fmt: skip
 """Which columns are meant where none is named, the first that a table has."""
 _ROWS = 4096  # rows in work at once
@@ -89,7 +90,9 @@ class Values:
     @property
     def fingerprint(self) -> str:
         """64 hexadecimal digits that differ when the table or the part of it differ."""
-        return hashlib.sha256(f"{self._fingerprint} {hashlib.sha256(self._chosen).hexdigest()}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{self._fingerprint} {hashlib.sha256(self._chosen.tobytes()).hexdigest()}".encode()
+        ).hexdigest()
 
     def split(self, fraction: float, seed: int) -> tuple[Values, Values]:
         """Two parts: the second is `fraction` of the examples, drawn at random; both in the table's order.
@@ -172,7 +175,7 @@ def _row_reader(config: Config, columns: Sequence[str], table: Table) -> Callabl
     def path(row: dict[str, Any], number: int) -> Any:
         if not row[first]:
             raise DataError(f"column {first} is empty")
-        return Path(table.folder(number)) / row[first] if isinstance(row[first], str) else row[first]
+        return table.folder(number) / row[first] if isinstance(row[first], str) else row[first]
 
     def numbers(row: dict[str, Any], number: int) -> Any:
         cell = row[first]
@@ -216,7 +219,7 @@ def _grouped(
             elif kind == "text":
                 value = [row[inputs[0]] for row in rows]
             else:
-                value = Path(table.folder(first)) / rows[0][inputs[0]]
+                value = table.folder(first) / str(rows[0][inputs[0]])
             if not labelled or asked == "next":
                 yield value, value
             elif asked in ("labels", "numbers"):
@@ -273,8 +276,8 @@ def forecast_values(table: Table, config: Config, *, part: tuple[float, float] =
         starts = sorted({*range(begin, last + 1, stride), last})
         windows += [(s, start, start + size) for start in starts]
         context = size - 1
-        for at in range(max(begin, 1), end - horizon + 1, horizon):
-            forecasts.append((s, max(0, at - context), at))
+        origins = range(max(begin, 1), end - horizon + 1, horizon)
+        forecasts += [(s, max(0, at - context), at) for at in origins]
     digest = hashlib.sha256(f"{table.fingerprint} {part} {window} {horizon}".encode()).hexdigest()
 
     def cut(numbers: Sequence[int]) -> Iterator[tuple[Any, Any]]:
@@ -367,7 +370,8 @@ def encode_examples(
             raise DataError(f"{values.where(number)}: {error}") from None
         try:
             lengths = []
-            for side, (end, value) in enumerate(zip((ends.input, ends.output), pair, strict=True)):
+            both: tuple[Any, ...] = (ends.input, ends.output)
+            for side, (end, value) in enumerate(zip(both, pair, strict=True)):
                 if side and not outputs:
                     break
                 arrays = end.encode(value)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unrolled.decoding.sampling import NOT_FINITE, Sampling, choose, next_distribution, uniforms
 from unrolled.errors import ConfigError, DataError, ModelError
+from unrolled.model import LanguageModel
 from unrolled.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from unrolled.config import parse_end, resolve, to_dict
 from unrolled.data import encode_examples, forecast_values, open_data, read_values
 from unrolled.errors import ConfigError
 from unrolled.evaluation.examples import judge_examples, loss_of
@@ -48,8 +48,6 @@ def evaluate_examples(
         DataError: the data cannot be used.
         ConfigError: another kind than the model's.
     """
-    from unrolled.config import parse_end, resolve, to_dict
-
     layers = [parse_end(end, text) for end, text in (("input", input), ("output", output)) if text is not None]
     config = resolve(to_dict(model.config), *layers)
     for end in ("input", "output"):

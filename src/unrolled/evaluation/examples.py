@@ -61,15 +61,13 @@ def judge_examples(
     if searching is not None or not written:
         score = model.ends.output.score(model.config)
         watcher.start("answering", len(examples))
-        done = 0
 
         def value(number: int) -> tuple[Any, Any]:
             return values[int(examples.kept[number])]
 
         given = answers(model, examples, searching, batch_size=batch_size, source=lambda number: value(number)[0])
-        for number, answer in given:
+        for done, (number, answer) in enumerate(given, 1):
             score.add(answer, value(number)[1])
-            done += 1
             watcher.update(done)
         watcher.stop()
         figures |= score.figures()

@@ -43,6 +43,7 @@ __all__ = [
     "Steps",
     "Targets",
     "Writer",
+    "count",
     "pad",
     "register",
 ]
@@ -56,8 +57,8 @@ comes as an iterator of consecutive pieces; `collate` gets whole arrays always."
 class Steps(NamedTuple):
     """Inputs of a batch. T steps, B rows; padding after a row's last step.
 
-    tensors: what the reader takes, the first of them `[T B ...]`; lengths: int64 `[B]`; ends: int64 `[W B]`, the step at
-    which each of W words ends, for outputs that are aligned to words while characters are read, with `words` int64
+    tensors: what the reader takes, the first of them `[T B ...]`; lengths: int64 `[B]`; ends: int64 `[W B]`, the step
+    at which each of W words ends, for outputs that are aligned to words while characters are read, with `words` int64
     `[B]` of them; None where every step is one.
     """
 
@@ -87,7 +88,8 @@ class Targets(NamedTuple):
         return self._replace(tensors=tuple(t.to(device) for t in self.tensors))
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """A summed loss, a scalar tensor, and how many things (labels, words, numbers) it is the sum of."""
 
     total: Tensor
@@ -203,8 +205,8 @@ class Output(ABC):
 
     @abstractmethod
     def writer(self, config: Config, reader: Any, core: Core) -> nn.Module:
-        """The part of the model that answers, a `Writer`: made for steps of `reader.step_size` numbers and hidden states
-        of `core.output_size`."""
+        """The part of the model that answers, a `Writer`: made for steps of `reader.step_size` numbers and hidden
+        states of `core.output_size`."""
 
     @abstractmethod
     def answer(self, raw: Any) -> Answer:
@@ -280,7 +282,7 @@ class Ends:
             if not isinstance(end, Mapping) or not isinstance(kind, str) or kind not in known:
                 raise StorageError(f"vocabulary: {name}: unknown kind {kind!r}: {nearest(str(kind), known)}")
             try:
-                ends.append(known[kind].from_json(end))  # type: ignore[attr-defined]
+                ends.append(known[kind].from_json(end))
             except (KeyError, TypeError, ValueError) as error:
                 if isinstance(error, StorageError):
                     raise

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unrolled.config import Config
     from unrolled.nn import Core
 
-__all__ = ["Label", "LabelWriter", "Labels", "LabelsWriter"]
+__all__ = ["Label", "LabelWriter", "Labels", "LabelsWriter", "aligned", "labels_of", "real"]
 
 _UNSEEN = -1
 """A label that training never saw: no answer can be right, and none is learnt from it."""

@@ -62,8 +62,10 @@ class Text(Input):
                 yield "\n"
 
         if settings.unit != "word+char":
-            sizes = {"max_size": settings.max_vocabulary, "min_count": settings.min_count}
-            return cls(build_vocabulary(settings.unit, texts(), **sizes), aligned=aligned)
+            vocabulary = build_vocabulary(
+                settings.unit, texts(), max_size=settings.max_vocabulary, min_count=settings.min_count
+            )
+            return cls(vocabulary, aligned=aligned)
         kept = list(texts())  # read twice
         words = build_vocabulary("word", kept, max_size=settings.max_vocabulary, min_count=settings.min_count)
         return cls(words, build_vocabulary("char", kept), aligned=aligned)
@@ -82,9 +84,9 @@ class Text(Input):
     def load_vectors(self, reader: TextReader | WordReader, path: str | Path) -> str:
         """Set the rows of the reader's table to pretrained vectors, where a word has one; what was found, for people.
 
-        The file is word2vec's or fastText's text format: a word and its numbers a line, perhaps a first line with how many
-        words and numbers there are. Words are looked up as they are written and, failing that, in lower case. The vectors
-        are scaled so that their numbers spread as those of the table's other rows do.
+        The file is word2vec's or fastText's text format: a word and its numbers a line, perhaps a first line with how
+        many words and numbers there are. Words are looked up as they are written and, failing that, in lower case. The
+        vectors are scaled so that their numbers spread as those of the table's other rows do.
 
         Raises:
             ConfigError: the input is one-hot, or the table's rows have another size than the vectors.

@@ -38,7 +38,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @register
 class Written(Output):
-    """Text that is written. A raw value is a text, or a list of texts that are all right, of which the first is learnt."""
+    """Text that is written. A raw value is a text, or a list of texts that are all right; the first is learnt."""
 
     kind: ClassVar[str] = "text"
     best = ("perplexity", "min")
@@ -110,7 +110,7 @@ def _first(value: str | Sequence[str]) -> str:
 
 
 class _Symbols(Writer):
-    """What both writers of text share: the table of symbols that are read, scores and loss of those that are written."""
+    """What both writers of text share: the table of symbols that are read, scores and loss of those written."""
 
     def __init__(self, config: Config, symbols: int, embedding: int, joined: int) -> None:
         super().__init__()
@@ -140,12 +140,12 @@ class _Symbols(Writer):
         return (native.linear if self._native() else F.linear)(joined, self.weight, self.bias)
 
     def cross_entropy(self, joined: Float[Tensor, "M J"], targets: Int[Tensor, "M"]) -> Tensor:
-        """The summed cross-entropy, with the share `smoothing` of the target's probability spread over all V + 1 symbols
-        (Szegedy et al. 2016).
+        """The summed cross-entropy, with the share `smoothing` of the target's probability spread over all V + 1
+        symbols (Szegedy et al. 2016).
 
         -sum_v q_v log p_v with q = (1 - s) target + s / (V + 1) is the plain cross-entropy + s (y_target - mean of y):
-        scores are linear in their weights, so that the mean is one more row of the matrix, and the scores of all symbols
-        are never in memory.
+        scores are linear in their weights, so that the mean is one more row of the matrix, and the scores of all
+        symbols are never in memory.
         """
         if self._native():
             total = native.cross_entropy(joined, self.weight, self.bias, targets)
@@ -290,6 +290,7 @@ class EncoderDecoder(_Symbols):
     ) -> tuple[Float[Tensor, "B V+1"], DecoderState]:
         x: Any = Lookup(ids, self.table)
         if self.feeding:
+            assert state.context is not None
             x = torch.cat([x.vectors(), state.context], dim=-1)
         hidden, cells = self.core.step(x, state.cells)
         if self.attention is None or state.memory is None:
@@ -325,10 +326,11 @@ class Bridge(nn.Module):
             return state
         cells = []
         for k, maps in enumerate(self.maps):
+            assert isinstance(maps, nn.ModuleList)
             low = min(k, self.depth - 1) * self.directions
             parts = state.cells[low : low + self.directions]
             fields = [torch.cat(field, dim=-1) for field in zip(*parts, strict=True)]
-            made = [m(field) for m, field in zip(maps, fields, strict=True)]  # type: ignore[arg-type]
+            made = [m(field) for m, field in zip(maps, fields, strict=True)]
             cells.append(type(parts[0])(torch.tanh(made[0]), *made[1:]))
         return CoreState(tuple(cells))
 

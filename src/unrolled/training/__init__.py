@@ -53,18 +53,18 @@ def train(
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Model:
-    """Train a model on a text or on a table of examples and leave it in a model folder; the model with the best weights.
+    """Train a model on a text or on a table of examples and leave it in a model folder; that with the best weights.
 
     Args:
         data: for a language model, text files (`.txt`, `.txt.gz`, `.txt.xz`) or folders of them. Else a table: a file
-            (TSV, CSV, JSONL, Parquet, CoNLL; packed or not), two text files side by side, or rows in Python: an iterable of
-            dictionaries, a Hugging Face dataset.
+            (TSV, CSV, JSONL, Parquet, CoNLL; packed or not), two text files side by side, or rows in Python: an
+            iterable of dictionaries, a Hugging Face dataset.
         out: the model folder to write.
         input, output: what goes in and what comes out, `KIND` or `KIND:COLUMN,...`: `text:document`, `label:label`.
             Without them it is a language model: text in, the next symbol out.
         config: a YAML file or a dictionary of settings, as in `unrolled.config`.
-        valid: what to validate on, given like `data`; if None, the last `data.valid_fraction` of a text or series, or so
-            many examples drawn at random.
+        valid: what to validate on, given like `data`; if None, the last `data.valid_fraction` of a text or series, or
+            so many examples drawn at random.
         resume: go on from the last checkpoint in `out`, bit for bit as if never interrupted. Settings come from
             the folder; those given must agree, but for `epochs`, `steps` and `patience`, which may change.
         force: replace a model that `out` holds.
@@ -147,7 +147,8 @@ def _config_from(given: Config, layers: list[Settings]) -> Config:
     ends = {section: theirs[section] for section in sections}
     wanted = resolve(ends, *layers)
     own = {"core.dropout", "core.locked", "core.recurrent_dropout", "core.init", "core.forget_bias", "core.chrono",
-           "input.max_vocabulary", "input.min_count", "input.columns", "input.dropout", "input.word_dropout"}  # fmt: skip
+           "input.max_vocabulary", "input.min_count", "input.columns", "input.dropout",
+           "input.word_dropout"}  # fmt: skip
     base = resolve({**to_dict(wanted), **ends})
     changed = [line for line in difference(base, wanted) if line.split(":")[0] not in own]
     if changed:

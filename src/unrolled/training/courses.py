@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ class Judgement:
 
 
 class Course(ABC):
-    """What is trained on. `loss(epoch, index)` is called for index 0, 1, ... of each epoch; whatever is carried from one to
-    the next is in `carry`, and a course that is given it back goes on the same.
+    """What is trained on. `loss(epoch, index)` is called for index 0, 1, ... of each epoch; what is carried from one
+    to the next is in `carry`, and a course that is given it back goes on the same.
 
     Attributes:
         unit: what a loss is counted per: `symbol`, `label`, ...
@@ -79,7 +79,7 @@ class Course(ABC):
     def loss(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """The summed loss of an update, and how many targets it is of."""
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self) -> None:  # noqa: B027 - most courses have nothing to begin
         """Called after the last update of an epoch."""
 
     @abstractmethod
@@ -102,8 +102,8 @@ def _size(model: Model) -> str:
 class TextCourse(Course):
     """A language model's: a text in lanes, window by window, the state carried on (truncated BPTT)."""
 
-    unit: ClassVar[str] = "symbol"
-    best: ClassVar[tuple[str, str]] = NextSymbol.best
+    unit = "symbol"
+    best = NextSymbol.best
 
     @staticmethod
     def prepare(
@@ -150,7 +150,7 @@ class TextCourse(Course):
         self.state: Any = self.model.begin(batch=self.settings.batch_size)
 
     @property
-    def carry(self) -> list[Tensor]:  # type: ignore[override]
+    def carry(self) -> list[Tensor]:
         return _flatten(self.state)
 
     @carry.setter
@@ -272,10 +272,11 @@ class ExampleCourse(Course):
         learn, held_out = _parts(table, other, config, watcher)
         if ends is None:
             watcher.start("reading", len(learn))
-            if input is None:
-                input = INPUTS[config.input.kind].learn((value for value, _ in _told(learn, watcher)), config)
-            output = OUTPUTS[config.output.kind].learn((value for _, value in learn), config)
-            ends = Ends(input, output)
+            inputs, outputs = INPUTS[config.input.kind], OUTPUTS[config.output.kind]
+            ends = Ends(
+                input or inputs.learn((value for value, _ in _told(learn, watcher)), config),
+                outputs.learn((value for _, value in learn), config),
+            )
             watcher.stop()
         parts = []
         for name, values in (("encoding", learn), ("encoding validation", held_out)):
