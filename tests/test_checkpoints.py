@@ -35,6 +35,7 @@ from unrolled.checkpoints import (
 )
 from unrolled.config import resolve, to_dict
 from unrolled.errors import ConfigError, StorageError, UnrolledError
+from unrolled.kinds import Ends, NextSymbol, Text
 from unrolled.model import LanguageModel
 from unrolled.training import train
 from unrolled.vocabulary import build_vocabulary
@@ -343,7 +344,7 @@ def test_a_checkpoint_of_another_vocabulary_is_not_resumed(folder: Path, text: P
     vocabulary = build_vocabulary("char", [TEXT])
     other = build_vocabulary("char", [TEXT.replace("c", "q") * 3])
     assert len(other) == len(vocabulary)
-    storage.write_json(folder / "vocabulary.json", "vocabulary", other.to_json())
+    storage.write_json(folder / "vocabulary.json", "vocabulary", Ends(Text(other), NextSymbol()).to_json())
     said = message(lambda: train(text, folder, resume=True, steps=20))
     assert said == (
         f"{folder}: checkpoint 9 is another model's: its vocabulary, batch size or layers are not those of the config "

@@ -36,10 +36,11 @@ from unrolled.checkpoints import (
 from unrolled.config import resolve
 from unrolled.data import Lanes, encode_texts, split_text
 from unrolled.errors import ConfigError, DataError, TrainingError, UnrolledError
-from unrolled.evaluation import evaluate
+from unrolled.evaluation import evaluate_text
 from unrolled.model import LanguageModel
 from unrolled.storage import read_tensors
-from unrolled.training import learning_rate, train
+from unrolled.training import courses, learning_rate, train
+from unrolled.vocabulary import build_vocabulary
 
 FROZEN = 1e-30
 """A learning rate that no float32 weight feels: w - 1e-30 is w."""
@@ -300,7 +301,7 @@ def test_full_bptt_is_one_window_over_the_whole_lane(text: Path, tmp_path: Path)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_window_has_one_dropout_mask_where_windows_overlap_too(cell: str) -> None:
     """The carry is taken from the middle of one forward pass: a second one would draw masks of its own."""
-    vocabulary = training.build_vocabulary("char", ["abcdef"])
+    vocabulary = build_vocabulary("char", ["abcdef"])
     config = resolve({"core": {"cell": cell, "hidden": 8, "dropout": 0.5, "recurrent_dropout": 0.3}})
     model = LanguageModel(config, vocabulary).train()
     ids = torch.randint(len(vocabulary), (9, 3))
@@ -316,7 +317,7 @@ def test_a_window_has_one_dropout_mask_where_windows_overlap_too(cell: str) -> N
         loss, state = run(9, after)
         assert torch.equal(loss, whole)
         expected = run(after, None)[1] if 0 < after < 9 else end if after == 9 else model.begin(batch=3)
-        for a, b in zip(training._flatten(state), training._flatten(expected), strict=True):
+        for a, b in zip(courses._flatten(state), courses._flatten(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # the products are made of fewer steps at once
 
 
@@ -330,7 +331,7 @@ def test_the_state_is_carried_from_window_to_window_and_begins_anew_with_an_epoc
         first = max(0, (steps + 1) * 5 - 8)
         with torch.inference_mode():
             state = model.begin(lanes.window(0).inputs[:first]) if first else model.begin(batch=4)
-        expected = training._flatten(state)
+        expected = courses._flatten(state)
         got = last(tmp_path / f"m{steps}", "carry")
         assert len(got) == len(expected) == 4
         for i, tensor in enumerate(expected):
@@ -438,10 +439,10 @@ def test_a_new_best_gives_plateau_and_patience_their_patience_back(
     script = iter([5.0, 6.0, 6.0, 4.0, 6.0, 6.0, 6.0, 3.0])
 
     def scripted(model: LanguageModel, *args: Any, **kwargs: Any) -> Any:
-        result = evaluate(model, *args, **kwargs)
+        result = evaluate_text(model, *args, **kwargs)
         return type(result)(**{**result.to_dict(), "nats_per_char": next(script)})
 
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(courses, "evaluate_text", scripted)
     watcher = Lines()
     settings = {**TINY, "valid_every": 1, "steps": 50, "patience": 3, "schedule": "plateau", "plateau_patience": 1}
     train(text, tmp_path / "m", **settings, watcher=watcher)
@@ -566,7 +567,7 @@ def test_the_best_weights_are_what_is_kept(tmp_path: Path, average: float) -> No
     assert same(tensors, {n.split(".", 1)[1]: t for n, t in checkpoint.items() if n.startswith(f"{part}.")})
     model = load(out)
     _, held_out = split_text(encode_texts([tmp_path / "short.txt"], model.vocabulary), 0.1)
-    assert evaluate(model, held_out).nats_per_char == nats[best]
+    assert evaluate_text(model, held_out).nats_per_char == nats[best]
     marks = [value < min(nats[:i], default=math.inf) for i, value in enumerate(nats)]
     assert column(out, "valid", "best") == marks
 
@@ -772,7 +773,7 @@ def test_init_from_starts_with_the_others_weights_and_vocabulary(tmp_path: Path,
     whole = encode_texts([tmp_path / "new.txt"], theirs.vocabulary)
     _, held_out = split_text(whole, 0.1)
     assert held_out.unknown > 0
-    assert column(tmp_path / "m", "valid", "nats_per_char") == [evaluate(theirs, held_out).nats_per_char]
+    assert column(tmp_path / "m", "valid", "nats_per_char") == [evaluate_text(theirs, held_out).nats_per_char]
     nats, symbols = full_nats(tmp_path / "new.txt", source, TINY["batch_size"])
     train(tmp_path / "new.txt", tmp_path / "f", **{**settings, "steps": 1, "window": "full"}, init_from=str(source))
     assert column(tmp_path / "f", "train", "loss") == pytest.approx([nats / symbols], rel=1e-5)  # float32 sums

@@ -76,8 +76,8 @@ class InputConfig(_Section):
     columns: _Names = Field((), description="Which columns of the table it is in; none: the usual one of its kind.")
     unit: Literal["char", "jamo", "word", "subword", "word+char"] = Field(
         "char",
-        description="What one step reads: a character, a Korean letter (jamo), a word, a piece of a word, or a word "
-        "together with its characters.",
+        description="What one step reads: a character, a letter of Hangul (jamo), a word, a piece of one, or a word "
+        "and its characters.",
     )
     embedding: _Count | None = Field(
         None,
@@ -157,8 +157,7 @@ class OutputConfig(_Section):
 
     kind: Literal["next", "label", "labels", "number", "numbers", "text"] = Field(
         "next",
-        description="What comes out: next is what follows, at each step; label and number are one for all, labels and "
-        "numbers one a step; text is written word by word.",
+        description="What comes out: what is next at each step, one label or number for all, one a step, or written text.",
     )
     columns: _Names = Field((), description="Which columns of the table it is in; none: the usual one of its kind.")
     tied: bool = Field(

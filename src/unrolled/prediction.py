@@ -21,7 +21,7 @@ from unrolled.model import ExampleModel, Model
 
 Source: TypeAlias = Callable[[int], Any]
 
-__all__ = ["Searching", "answers", "expect_answers", "given_values", "predict"]
+__all__ = ["Searching", "answers", "expect_answers", "given_values", "longest", "predict"]
 
 
 def longest(source: Tensor) -> Tensor:

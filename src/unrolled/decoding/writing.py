@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unrolled.decoding.sampling import NOT_FINITE, Sampling, choose, next_distribution, uniforms
 from unrolled.errors import ConfigError, DataError, ModelError
-from unrolled.model import LanguageModel
+from unrolled.model import LanguageModel, Model
 from unrolled.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = ["generate"]
 
 
 def generate(
-    model: LanguageModel,
+    model: Model,
     prompt: str = "",
     *,
     length: int = 400,
@@ -49,8 +49,10 @@ def generate(
     Raises:
         ConfigError: a setting out of range.
         DataError: the prompt has symbols that the vocabulary lacks (all of them are named).
-        ModelError: while writing, if the model's scores are not finite.
+        ModelError: the model is no language model; while writing, if the model's scores are not finite.
     """
+    if not isinstance(model, LanguageModel):
+        raise ModelError(f"this model is {model.form}: only a language model (text -> next) writes on; see predict")
     sampling = Sampling(repetition_penalty, repetition_window, temperature, top_k, top_p)
     if length < 0:
         raise ConfigError(f"length: expected at least 0 characters, got {length}")

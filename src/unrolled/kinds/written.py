@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from unrolled.config import Config
 
-__all__ = ["Bridge", "DecoderState", "EncoderDecoder", "OneToMany", "Written"]
+__all__ = ["Bridge", "CaptionState", "DecoderState", "EncoderDecoder", "OneToMany", "Written"]
 
 Array: TypeAlias = npt.NDArray[Any]
 

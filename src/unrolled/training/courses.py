@@ -31,14 +31,14 @@ from unrolled.data import (
     split_text,
 )
 from unrolled.errors import DataError
-from unrolled.evaluation import evaluate, judge_examples
+from unrolled.evaluation import evaluate_text, judge_examples
 from unrolled.kinds import INPUTS, OUTPUTS, Ends, Input, NextSymbol, Text
 from unrolled.kinds.text import IGNORE
 from unrolled.model import ExampleModel, LanguageModel, Model
 from unrolled.progress import Watcher
 from unrolled.vocabulary import build_vocabulary
 
-__all__ = ["Course", "ExampleCourse", "Judgement", "TextCourse"]
+__all__ = ["Course", "ExampleCourse", "Judgement", "Parts", "TextCourse"]
 
 Texts = Sequence[str | Path]
 
@@ -171,7 +171,7 @@ class TextCourse(Course):
 
     def judge(self) -> Judgement:
         lanes = max(1, min(self.settings.batch_size, len(self.valid) // 512))
-        found = evaluate(self.model, self.valid, lanes=lanes)
+        found = evaluate_text(self.model, self.valid, lanes=lanes)
         figures = {key: value for key, value in found.to_dict().items() if key != "seconds"}
         nats = found.nats_per_char
         return Judgement(
