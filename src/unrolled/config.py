@@ -157,7 +157,7 @@ class OutputConfig(_Section):
 
     kind: Literal["next", "label", "labels", "number", "numbers", "text"] = Field(
         "next",
-        description="What comes out: what is next at each step, one label or number for all, one a step, or written text.",
+        description="What comes out: what is next at each step, one label or number, one a step, or written text.",
     )
     columns: _Names = Field((), description="Which columns of the table it is in; none: the usual one of its kind.")
     tied: bool = Field(

@@ -126,12 +126,10 @@ class Labels(_Named):
             core.output_size, len(self.names), smoothing=config.output.label_smoothing, backend=config.training.backend
         )
 
-    def answer(self, raw: Tensor) -> Answer:
-        """raw: log probabilities [W C]."""
-        best = raw.max(dim=-1) if len(raw) else None
-        names = [] if best is None else [self.names[i] for i in best.indices.tolist()]
-        scores = [] if best is None else best.values.exp().tolist()
-        return Answer(names, " ".join(names), {"scores": scores})
+    def answer(self, raw: tuple[list[int], list[float]]) -> Answer:
+        """raw: for each step the likeliest label and its probability."""
+        names = [self.names[i] for i in raw[0]]
+        return Answer(names, " ".join(names), {"scores": raw[1]})
 
     def score(self, config: Config) -> Score:
         return TagScore(self.names)
@@ -194,8 +192,9 @@ class LabelsWriter(Writer):
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         hidden = aligned(run(read(), lengths=steps.lengths).outputs, steps)
-        scores = torch.log_softmax(self.classes(hidden).float(), -1).cpu()
-        return [scores[:n, b] for b, n in enumerate(steps.aligned.tolist())]
+        best = torch.softmax(self.classes(hidden).float(), -1).max(-1)  # of all rows at once: small operations are slow
+        labels, scores = (part.T.tolist() for part in (best.indices, best.values))
+        return [(labels[b][:n], scores[b][:n]) for b, n in enumerate(steps.aligned.tolist())]
 
 
 def aligned(hidden: Float[Tensor, "T B H"], steps: Steps) -> Float[Tensor, "W B H"]:
