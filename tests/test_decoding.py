@@ -17,7 +17,8 @@ from samples import ENGLISH, KOREAN, small_model
 from torch import Tensor
 
 from unrolled import native
-from unrolled.decoding import Sampling, _limit, choose, generate, next_distribution
+from unrolled.decoding import Sampling, choose, generate, next_distribution
+from unrolled.decoding.writing import _limit
 from unrolled.errors import ConfigError, DataError, ModelError
 from unrolled.model import Model
 from unrolled.vocabulary import UNITS
