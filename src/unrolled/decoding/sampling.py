@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from unrolled.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
-__all__ = ["NOT_FINITE", "Sampling", "choose", "next_distribution"]
+__all__ = ["AHEAD", "NOT_FINITE", "Sampling", "choose", "draw", "next_distribution", "uniforms"]
+
+AHEAD = 64
+"""How many random numbers are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -57,41 +60,73 @@ NOT_FINITE = "the model's scores are not finite: its weights or its state hold N
 
 
 def next_distribution(
-    scores: Float[Tensor, "V"], sampling: Sampling, written: deque[int] | None = None
-) -> Float[Tensor, "V"]:
+    scores: Float[Tensor, "*R V"], sampling: Sampling, written: Sequence[int] | Int[Tensor, "*R N"] | None = None
+) -> Float[Tensor, "*R V"]:
     """The probabilities from which the next symbol is drawn, float64; those that `sampling` rules out are zero.
 
     Args:
-        scores: the model's scores; -inf for a symbol that must not be written.
-        written: the symbols to penalise.
+        scores: the model's scores, of one row `[V]` or of several; -inf for a symbol that must not be written.
+        written: the symbols to penalise, each row's own.
 
     Raises:
         ModelError: a score is NaN or infinite, or all symbols are ruled out.
     """
     scores = scores.double().clone()
-    if not bool((scores < torch.inf).all()) or bool((scores == -torch.inf).all()):
+    if not bool((scores < torch.inf).all()) or bool((scores == -torch.inf).all(dim=-1).any()):
         raise ModelError(NOT_FINITE)
-    if sampling.repetition_penalty != 1 and written:
-        seen = torch.tensor(sorted(set(written)))
-        old = scores[seen]
-        scores[seen] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+    if sampling.repetition_penalty != 1 and written is not None and len(written):
+        seen = torch.as_tensor(written if isinstance(written, Tensor) else list(written), device=scores.device)
+        old = scores.gather(-1, seen)
+        penalised = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        scores.scatter_(-1, seen, penalised)  # a symbol that was written twice gets the same score twice
     if sampling.temperature == 0:
-        only = torch.zeros_like(scores)
-        only[scores.argmax()] = 1
-        return only
-    p = torch.softmax(scores / sampling.temperature, dim=0)
-    if sampling.top_k is not None and sampling.top_k < p.numel():
-        p[p.sort(descending=True, stable=True).indices[sampling.top_k :]] = 0  # of equal ones the first stay
+        return torch.zeros_like(scores).scatter_(-1, scores.argmax(dim=-1, keepdim=True), 1)
+    p = torch.softmax(scores / sampling.temperature, dim=-1)
+    if sampling.top_k is not None and sampling.top_k < p.shape[-1]:
+        p = _keep_highest(p, p.topk(sampling.top_k, dim=-1).values, sampling.top_k)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = p.sort(descending=True, stable=True)
-        # A symbol goes if those before it reach top_p already, so at least one always stays.
-        before = ordered.cumsum(0) - ordered
-        p[order[before >= sampling.top_p * p.sum()]] = 0
-    return p / p.sum()
+        wanted = sampling.top_p * p.sum(dim=-1, keepdim=True)
+        # All of a large vocabulary is sorted only where the first few hundred do not reach top_p.
+        for few in (256, p.shape[-1]):
+            ordered = p.topk(min(few, p.shape[-1]), dim=-1).values
+            # A symbol goes if those before it reach top_p already, so at least one always stays.
+            stays = ordered.cumsum(dim=-1) - ordered < wanted
+            if not bool(stays[..., -1].any()):
+                break
+        p = _keep_highest(p, ordered, stays.sum(dim=-1, keepdim=True))
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def _keep_highest(p: Tensor, ordered: Tensor, count: Tensor | int) -> Tensor:
+    """p `[*R V]` with all but each row's `count` highest set to zero, of equal ones the first stay; ordered: the
+    highest ones in their order, at least so many."""
+    at = torch.as_tensor(count, device=p.device).expand(*p.shape[:-1], 1)
+    border = ordered.gather(-1, at - 1)
+    above, level = p > border, p == border
+    room = at - above.sum(dim=-1, keepdim=True)
+    return p.masked_fill(~(above | level & (level.cumsum(dim=-1) <= room)), 0)
+
+
+def draw(p: Float[Tensor, "*R V"], uniform: Float[Tensor, "*R"]) -> Int[Tensor, "*R"]:
+    """The symbols that random numbers in [0, 1) stand for: the first at which the summed probabilities exceed them."""
+    reached = p.cumsum(dim=-1)
+    choice = torch.searchsorted(reached, uniform[..., None] * reached[..., -1:], right=True)
+    # Rounding: 0.99... may come out as all of it.
+    last = p.shape[-1] - 1 - (p > 0).flip(-1).long().argmax(dim=-1, keepdim=True)
+    return choice.minimum(last)[..., 0]
 
 
 def choose(p: Float[Tensor, "V"], uniform: float) -> int:
-    """The symbol that a random number in [0, 1) stands for: the first at which the summed probabilities exceed it."""
-    reached = p.cumsum(0)
-    choice = int(torch.searchsorted(reached, uniform * reached[-1], right=True))
-    return choice if choice < p.numel() else int(p.nonzero()[-1])  # rounding: 0.99... may come out as all of it
+    """`draw` for one row and a plain number."""
+    return int(draw(p, p.new_tensor(uniform)))
+
+
+def uniforms(seed: int | None) -> Iterator[Float[Tensor, "AHEAD"]]:
+    """Random numbers in [0, 1), float64, by the `AHEAD`; None: other ones at each call."""
+    random = torch.Generator()
+    if seed is None:
+        random.seed()
+    else:
+        random.manual_seed(seed)
+    while True:
+        yield torch.rand(AHEAD, dtype=torch.float64, generator=random)

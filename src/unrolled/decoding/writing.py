@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unrolled.decoding.sampling import NOT_FINITE, Sampling, choose, next_distribution
+from unrolled.decoding.sampling import NOT_FINITE, Sampling, choose, next_distribution, uniforms
 from unrolled.errors import ConfigError, DataError, ModelError
 from unrolled.model import Model
 from unrolled.vocabulary import Vocabulary
@@ -78,20 +78,6 @@ def _show(unit: str) -> str:
     return f"{unit!r} (U+{ord(unit):04X})" if len(unit) == 1 else repr(unit)
 
 
-_AHEAD = 64  # symbols whose random numbers are drawn at once
-
-
-def _uniforms(seed: int | None) -> Iterator[Tensor]:
-    """Random numbers in [0, 1), float64, by the `_AHEAD`: the same ones on every path."""
-    random = torch.Generator()
-    if seed is None:
-        random.seed()
-    else:
-        random.manual_seed(seed)
-    while True:
-        yield torch.rand(_AHEAD, dtype=torch.float64, generator=random)
-
-
 @torch.inference_mode()  # torch enters and leaves it around every piece, so the caller's own mode stays as it was
 def _write(model: Model, ids: Tensor, sampling: Sampling, seed: int | None) -> Iterator[str]:
     """The endless text: one decided piece per symbol, empty while nothing is decided yet."""
@@ -106,8 +92,8 @@ def _write(model: Model, ids: Tensor, sampling: Sampling, seed: int | None) -> I
     if writer is not None:
         for choice in _write_natively(writer, int(last), state, len(model.vocabulary), barred, written, sampling, seed):
             yield decoder.feed(choice)
-    for uniforms in _uniforms(seed):
-        for uniform in uniforms.tolist():
+    for ahead in uniforms(seed):
+        for uniform in ahead.tolist():
             with _evaluating(model):
                 scores, state = model.step(last, state)
             row = scores[0].float().cpu()
@@ -142,10 +128,10 @@ def _write_natively(
     recent[: len(written)] = torch.tensor(list(written))
     count = torch.tensor([len(written)])
     first = True
-    for uniforms in _uniforms(seed):
+    for ahead in uniforms(seed):
         # The text appears as it is made: little at first, so that nobody waits for the first letters.
         size = 8 if first else 32
-        for piece in (uniforms[i : i + size] for i in range(0, len(uniforms), size)):
+        for piece in (ahead[i : i + size] for i in range(0, len(ahead), size)):
             chosen = writer.write(
                 last,
                 h,
