@@ -304,8 +304,8 @@ MISTAKES = {
                        "expected at least two different ones in the training part, got only one, 'yes'"),
     "tags of another length": (["train", "tags.tsv", "--input", "text", "--output", "labels:tags", "--out", "x"],
                                "tags.tsv, line 3: expected an output for each of the 2 steps, got 1"),
-    "a number that is none": (["train", "tags.tsv", "--input", "text", "--output", "number:tags", "--out", "x"],
-                              "expected a number, got 'O O'"),
+    "a number that is none": (["train", "numbers.tsv", "--input", "text", "--output", "number", "--out", "x"],
+                              "expected a number, got '"),
     "ends without a form": (["train", "train.tsv", "--input", "vector", "--output", "labels", "--out", "x"],
                             "a vector is one step"),
     "another form for generate": (["generate", "m"], "this model is text -> label: many-to-one"),
@@ -324,6 +324,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, folder: Path, monkeypa
     Path("nolabel.tsv").write_text("text\tlabel\na\tyes\nb\t\nb\tno\nc\tyes\n")
     Path("one.tsv").write_text("text\tlabel\na\tyes\nb\tyes\nc\tyes\n")
     Path("tags.tsv").write_text("text\ttags\na b\tO O\na b\tO\nc\tX\n")
+    Path("numbers.tsv").write_text("text\tnumber\na\t1\nb\t2\nc\tX\nd\tY\n")
     Path("texts-only.tsv").write_text("text\tother\na b\tO O\na b\tO\nc\tX\n")
     arguments, said = MISTAKES[name]
     done = run(*arguments, *(["--set", "data.valid_fraction=0.3"] if arguments[0] == "train" else []))
