@@ -127,7 +127,7 @@ def _watch(core: Core, log: dict[str, Tensor], name: str) -> Any:
         run = ordinary(inputs, first, **{**settings, "all_states": True})
         x = inputs
         cells = [cell for layer in core.layers for cell in layer]  # type: ignore[attr-defined]
-        log[f"{name}.inputs"] = _numbers(inputs)
+        _note(log, f"{name}.inputs", _numbers(inputs))
         for k in range(len(core.layers)):
             outputs = []
             for d in range(core.directions):
@@ -135,11 +135,11 @@ def _watch(core: Core, log: dict[str, Tensor], name: str) -> Any:
                 states = run.states.cells[n]
                 place = f"{name}.{k}.{('forward', 'reverse')[d]}"
                 for part, values in zip(states._fields, states, strict=True):
-                    log[f"{place}.{part}"] = values
+                    _note(log, f"{place}.{part}", values)
                 start = first.cells[n].h[None].to(states.h.dtype)
                 before = torch.cat([states.h[1:], start]) if d else torch.cat([start, states.h[:-1]])
                 for gate, values in gates_of(cells[n], x, before).items():
-                    log[f"{place}.{gate}"] = values
+                    _note(log, f"{place}.{gate}", values)
                 outputs.append(states.h)
             x = torch.cat(outputs, dim=-1)
         return run if settings.get("all_states") else run._replace(states=None)
@@ -178,6 +178,11 @@ def _retain(core: Core, kept: dict[str, list[Tensor]], name: str) -> Any:
     return _replaced(core, forward)
 
 
+def _note(log: dict[str, Tensor], name: str, values: Tensor) -> None:
+    """What was there goes before: a decoder that reads what attention saw is called step by step."""
+    log[name] = torch.cat([log[name], values]) if name in log else values
+
+
 def _numbers(inputs: Any) -> Tensor:
     """Steps as vectors; one-hot ones as ids."""
     if not isinstance(inputs, Lookup):
@@ -195,9 +200,7 @@ def _look(attention: Attention, log: dict[str, Tensor]) -> Any:
 
     def forward(queries: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
         context, weights = ordinary(queries, memory)
-        if weights.dim() == 2:  # one step, of a decoder that reads what it saw
-            weights = torch.cat([*([log["attention"]] if "attention" in log else []), weights[None]])
-        log["attention"] = weights
+        _note(log, "attention", weights if weights.dim() == 3 else weights[None])
         return context, weights
 
     return _replaced(attention, forward)
