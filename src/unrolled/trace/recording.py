@@ -196,11 +196,17 @@ def _batch(inputs: Any) -> int:
 
 
 def _look(attention: Attention, log: dict[str, Tensor]) -> Any:
-    ordinary = attention.forward
+    ordinary, within = attention.forward, False
 
     def forward(queries: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
-        context, weights = ordinary(queries, memory)
-        _note(log, "attention", weights if weights.dim() == 3 else weights[None])
+        nonlocal within
+        outermost, within = not within, True  # it may call itself, with one step as a sequence
+        try:
+            context, weights = ordinary(queries, memory)
+        finally:
+            within = not outermost
+        if outermost:
+            _note(log, "attention", weights if weights.dim() == 3 else weights[None])
         return context, weights
 
     return _replaced(attention, forward)
