@@ -187,10 +187,9 @@ class ExampleModel(Model):
         """
         if isinstance(x, Steps):
             read = self.reader(*x.tensors)
-            hidden, state = self.core.step(
-                Lookup(read.ids[0], read.table) if isinstance(read, Lookup) else read[0], state
-            )
-            return self.writer.at(hidden), state
+            step = Lookup(read.ids[0], read.table) if isinstance(read, Lookup) else read[0]
+            hidden, state = self.core.step(step, state)
+            return self.writer.at(hidden, step), state
         scores, state = self.writer.step(self.core, x, state)
         return scores, state
 

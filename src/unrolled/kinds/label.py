@@ -195,8 +195,8 @@ class LabelsWriter(Writer):
     def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
         return self.at(aligned(run(read(), lengths=steps.lengths).outputs, steps))
 
-    def at(self, hidden: Float[Tensor, "*W B H"]) -> Float[Tensor, "*W B C"]:
-        """The scores at one step."""
+    def at(self, hidden: Float[Tensor, "*W B H"], x: Any = None) -> Float[Tensor, "*W B C"]:
+        """The scores at steps."""
         return self.classes(hidden)  # type: ignore[no-any-return]
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:

@@ -196,8 +196,8 @@ class NumberWriter(Writer):
             return self.at(self.pooling(run, read(), steps.lengths))[None]
         return self.at(aligned(run(read(), lengths=steps.lengths).outputs, steps))
 
-    def at(self, hidden: Float[Tensor, "*W B H"]) -> Float[Tensor, "*W B F"]:
-        """The scaled numbers at one step."""
+    def at(self, hidden: Float[Tensor, "*W B H"], x: Any = None) -> Float[Tensor, "*W B F"]:
+        """The scaled numbers at steps."""
         return self.linear(hidden)  # type: ignore[no-any-return]
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
