@@ -14,6 +14,7 @@ from unrolled.kinds.contract import OUTPUTS, Targets
 from unrolled.kinds.image import Image
 from unrolled.kinds.next import Next, SeriesWriter
 from unrolled.kinds.series import Series
+from unrolled.nn import Core
 
 
 def config(*settings: str) -> Any:
@@ -97,8 +98,8 @@ def test_only_a_series_can_be_forecast() -> None:
     chosen = config()
     image = Image.learn([np.zeros((4, 4, 3), np.uint8)], chosen)
     with pytest.raises(ConfigError) as caught:
-        Next.learn([LONG], chosen).writer(chosen, 8, image)
-    assert str(caught.value) == "output.kind: next forecasts a series: expected input.kind series, got image"
+        Next.learn([LONG], chosen).writer(chosen, image.reader(chosen), Core("gru", 3, 8))
+    assert str(caught.value) == "output.kind: next forecasts the series that is read: expected input.kind series"
 
 
 # --- the loss
