@@ -180,7 +180,7 @@ def measure_update(job: dict[str, Any]) -> dict[str, Any]:
     lanes = Lanes(encode_texts(job["text"], vocabulary), job["batch_size"], job["window"])
     config = resolve({"core": {"cell": "lstm", "hidden": job["hidden"], "layers": 1, "dropout": 0.0}})
     torch.manual_seed(1)
-    model = unrolled.Model(config, vocabulary)
+    model = unrolled.LanguageModel(config, vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def update(ids: torch.Tensor, targets: torch.Tensor, state: CoreState) -> CoreState:

@@ -151,7 +151,7 @@ class Bench:
                     "core": {"hidden": settings["hidden"], "layers": settings["layers"], "dropout": 0.0},
                 }
             )
-            model = unrolled.Model(config, self.vocabulary)
+            model = unrolled.LanguageModel(config, self.vocabulary)
             model.load_state_dict(as_unrolled(plain.state_dict()))
             unrolled.save(model, folder / kind)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from unrolled.config import flag_key, resolve
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 from unrolled.vocabulary import build_vocabulary
 
 
@@ -24,7 +24,7 @@ KOREAN = sentences("나는 너는 학교에 집에 갑니다 옵니다 밥을 �
 
 def small_model(
     unit: str = "char", text: str = KOREAN, *, dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any
-) -> Model:
+) -> LanguageModel:
     """A model with random weights, large enough that what it has read makes its next scores clearly differ.
 
     In float64 and in evaluation mode; settings are plain names.
@@ -38,7 +38,7 @@ def small_model(
     vocabulary = build_vocabulary(unit, [text], max_size=config.input.max_vocabulary)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Model(config, vocabulary)
+        model = LanguageModel(config, vocabulary)
         with torch.no_grad():
             for parameter in model.core.parameters():
                 parameter.mul_(3)

@@ -39,7 +39,7 @@ from unrolled.budget import Advance, Backward, Costs, Drop, Record, Schedule, bl
 from unrolled.cells import GRU, LSTM, RNN, BoundCell, Lookup, map_state
 from unrolled.config import resolve
 from unrolled.errors import ConfigError, ModelError
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 from unrolled.nn import Core
 from unrolled.unroll import unroll
 from unrolled.vocabulary import build_vocabulary
@@ -712,7 +712,7 @@ def test_the_setting_reaches_the_core() -> None:
     found = []
     for room in (None, 200_000):
         torch.manual_seed(0)
-        model = Model(resolve(given, {"training": {"tape_budget": room}}), vocabulary)
+        model = LanguageModel(resolve(given, {"training": {"tape_budget": room}}), vocabulary)
         assert model.core.tape_budget == room
         torch.manual_seed(1)
         loss, _ = model.loss(ids[:-1], ids[1:])

@@ -35,7 +35,8 @@ from unrolled.checkpoints import (
 )
 from unrolled.config import resolve, to_dict
 from unrolled.errors import ConfigError, StorageError, UnrolledError
-from unrolled.model import Model
+from unrolled.kinds import Ends, NextSymbol, Text
+from unrolled.model import LanguageModel
 from unrolled.training import train
 from unrolled.vocabulary import build_vocabulary
 
@@ -79,13 +80,13 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
-def make(text: str = TEXT, **settings: Any) -> Model:
+def make(text: str = TEXT, **settings: Any) -> LanguageModel:
     layers: dict[str, dict[str, Any]] = {"core": {"hidden": 6, "layers": 2}}
     for key, value in settings.items():
         section, name = key.split("__")
         layers.setdefault(section, {})[name] = value
     config = resolve(layers)
-    return Model(config, build_vocabulary(config.input.unit, [text], max_size=300))
+    return LanguageModel(config, build_vocabulary(config.input.unit, [text], max_size=300))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -343,7 +344,7 @@ def test_a_checkpoint_of_another_vocabulary_is_not_resumed(folder: Path, text: P
     vocabulary = build_vocabulary("char", [TEXT])
     other = build_vocabulary("char", [TEXT.replace("c", "q") * 3])
     assert len(other) == len(vocabulary)
-    storage.write_json(folder / "vocabulary.json", "vocabulary", other.to_json())
+    storage.write_json(folder / "vocabulary.json", "vocabulary", Ends(Text(other), NextSymbol()).to_json())
     said = message(lambda: train(text, folder, resume=True, steps=20))
     assert said == (
         f"{folder}: checkpoint 9 is another model's: its vocabulary, batch size or layers are not those of the config "
@@ -388,7 +389,7 @@ def test_a_config_that_does_not_make_sense_is_named(tmp_path: Path) -> None:
 
 def test_the_last_checkpoint_and_those_to_keep_stay(tmp_path: Path) -> None:
     model = make()
-    begin_folder(tmp_path / "m", model.config, model.vocabulary)
+    begin_folder(tmp_path / "m", model.config, model.ends)
     assert checkpoint_steps(tmp_path / "m") == []
     for step, keep, expected in (
         (0, {0}, [0]),

@@ -28,7 +28,7 @@ import yaml
 from samples import ENGLISH, KOREAN, sentences
 
 from unrolled import cli, native
-from unrolled.config import load_config, resolve
+from unrolled.config import flag_key, load_config, resolve
 
 SOURCES = str(Path(cli.__file__).parents[1])
 SMALL = ["--hidden", "8", "--layers", "1", "--window", "16", "--batch-size", "4"]
@@ -281,6 +281,11 @@ def test_the_same_text_however_it_is_kept(
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
+def units(folder: Path) -> list[str]:
+    content = json.loads((folder / "vocabulary.json").read_text())["content"]
+    return list(content["input"]["vocabulary"]["units"])
+
+
 def test_several_files_are_those_of_their_folder(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     (folder / "inner").mkdir(parents=True)
@@ -292,7 +297,12 @@ def test_several_files_are_those_of_their_folder(tmp_path: Path) -> None:
     done = run("train", *files, folder / "z.txt", "--out", tmp_path / "files", *SMALL, "--steps", 3)
     assert done.code == 0, done
     assert weights(tmp_path / "files") == weights(tmp_path / "folder")
-    assert "x" not in json.loads((tmp_path / "folder" / "vocabulary.json").read_text())["content"]["units"]
+    assert (
+        "x"
+        not in json.loads((tmp_path / "folder" / "vocabulary.json").read_text())["content"]["input"]["vocabulary"][
+            "units"
+        ]
+    )
 
 
 def test_validation_files(text: Path, shelf: Path, tmp_path: Path) -> None:
@@ -355,8 +365,9 @@ def test_every_flag_sets_what_its_name_says() -> None:
         "seed": 17, "device": "cpu",
     }  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", value)]
-    settings = {name: value for section in dumped(*flags).values() for name, value in section.items()}
-    assert {name: settings[name.replace("-", "_")] for name in values} == values
+    settings = dumped(*flags)
+    found = {name: flag_key(name).split(".") for name in values}
+    assert {name: settings[section][key] for name, (section, key) in found.items()} == values
 
 
 def test_dumped_settings_are_a_config_again(tmp_path: Path) -> None:
@@ -469,7 +480,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name: str, desk: Path) -> None:
     "arguments, message",
     [
         ("train good.txt", r"missing option '--out'.* \(see: .*train --help\)"),
-        ("train --out out", r"missing argument 'texts' \(see: "),
+        ("train --out out", r"missing argument 'data' \(see: "),
         ("trian good.txt --out out", r"no such command 'trian'. Did you mean 'train'\? \(see: .* --help\)"),
         ("doctor more", r"got unexpected extra argument"),
         ("train good.txt --out good.txt", r"good.txt is a file, expected a folder to write the model to"),
@@ -489,7 +500,10 @@ def test_other_mistakes(arguments: str, message: str, desk: Path) -> None:
 def test_errors_replace_goes_on(bad: str, desk: Path) -> None:
     done = train(bad, desk / "out", "--errors", "replace")
     assert done.code == 0, done
-    assert "\ufffd" in json.loads((desk / "out" / "vocabulary.json").read_text())["content"]["units"]
+    assert (
+        "\ufffd"
+        in json.loads((desk / "out" / "vocabulary.json").read_text())["content"]["input"]["vocabulary"]["units"]
+    )
     # What was said at training holds for the model's later texts too.
     assert run("evaluate", "out", bad).code == 0
     assert run("evaluate", "out", bad, "--errors", "strict").error.startswith(f"{bad}: byte 3")

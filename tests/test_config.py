@@ -46,7 +46,22 @@ def setting(key: str, value: Any) -> dict[str, dict[str, Any]]:
 
 def test_defaults() -> None:
     assert to_dict(resolve()) == {
-        "input": {"kind": "text", "unit": "char", "embedding": None, "max_vocabulary": None, "min_count": 1},
+        "input": {
+            "kind": "text",
+            "columns": [],
+            "unit": "char",
+            "embedding": None,
+            "max_vocabulary": None,
+            "min_count": 1,
+            "characters": 64,
+            "dropout": 0.0,
+            "word_dropout": 0.0,
+            "vectors": None,
+            "width": 1,
+            "size": 48,
+            "rows": False,
+            "features": 128,
+        },
         "core": {
             "cell": "lstm",
             "hidden": 512,
@@ -59,8 +74,32 @@ def test_defaults() -> None:
             "forget_bias": None,
             "chrono": None,
         },
-        "output": {"kind": "next", "tied": False},
-        "data": {"documents": "file", "valid_fraction": 0.1, "errors": "strict"},
+        "output": {
+            "kind": "next",
+            "columns": [],
+            "tied": False,
+            "pooling": "last",
+            "unit": None,
+            "embedding": 256,
+            "max_vocabulary": None,
+            "min_count": 1,
+            "attention": "dot",
+            "feed": "word",
+            "input_feeding": False,
+            "label_smoothing": 0.0,
+            "scheduled_sampling": 0.0,
+            "horizon": 24,
+            "season": 1,
+            "quantiles": [],
+        },
+        "data": {
+            "documents": "file",
+            "valid_fraction": 0.1,
+            "errors": "strict",
+            "group": None,
+            "max_tokens": None,
+            "skip_bad": False,
+        },
         "training": {
             "window": 128,
             "stride": None,
@@ -108,11 +147,20 @@ def test_every_setting_explains_itself() -> None:
 def test_each_message_says_what_is_expected() -> None:
     said = {key: about.expected for key, about in flat_keys().items()}
     assert said == {
-        "input.kind": "text",
-        "input.unit": "char, jamo, word or subword",
+        "input.kind": "text, image, video, series or vector",
+        "input.columns": "a list of names",
+        "input.unit": "char, jamo, word, subword or word+char",
         "input.embedding": "an integer >= 1 or null",
         "input.max_vocabulary": "an integer >= 1 or null",
         "input.min_count": "an integer >= 1",
+        "input.characters": "an integer >= 1",
+        "input.dropout": "a number >= 0 and < 1",
+        "input.word_dropout": "a number >= 0 and < 1",
+        "input.vectors": "a text or null",
+        "input.width": "an integer >= 1",
+        "input.size": "an integer >= 8",
+        "input.rows": "true or false",
+        "input.features": "an integer >= 1",
         "core.cell": "a text",
         "core.hidden": "an integer >= 1",
         "core.layers": "an integer >= 1",
@@ -123,11 +171,28 @@ def test_each_message_says_what_is_expected() -> None:
         "core.init": "uniform or orthogonal",
         "core.forget_bias": "a number or null",
         "core.chrono": "an integer >= 3 or null",
-        "output.kind": "next",
+        "output.kind": "next, label, labels, number, numbers or text",
+        "output.columns": "a list of names",
         "output.tied": "true or false",
+        "output.pooling": "last, mean, max or attention",
+        "output.unit": "char, jamo, word or subword or null",
+        "output.embedding": "an integer >= 1",
+        "output.max_vocabulary": "an integer >= 1 or null",
+        "output.min_count": "an integer >= 1",
+        "output.attention": "none, dot, general, additive or strongest",
+        "output.feed": "word or zeros",
+        "output.input_feeding": "true or false",
+        "output.label_smoothing": "a number >= 0 and < 1",
+        "output.scheduled_sampling": "a number >= 0 and <= 1",
+        "output.horizon": "an integer >= 1",
+        "output.season": "an integer >= 1",
+        "output.quantiles": "a list of numbers > 0 and < 1",
         "data.documents": "file, line or paragraph",
         "data.valid_fraction": "a number > 0 and < 1",
         "data.errors": "strict or replace",
+        "data.group": "a text or null",
+        "data.max_tokens": "an integer >= 1 or null",
+        "data.skip_bad": "true or false",
         "training.window": "an integer >= 1 or full",
         "training.stride": "an integer >= 1 or null",
         "training.batch_size": "an integer >= 1",
@@ -185,6 +250,14 @@ def candidates(expected: str) -> tuple[list[Any], list[Any]]:
             if high:
                 (taken if high[1] == "<=" else refused).append(top)
                 refused.append(top + 1e-9)
+        elif words == "a list of names":
+            taken += [[], ["a"], ("a", "한글")]
+            refused.remove([])
+            refused += [[""], [1], "a"]
+        elif words.startswith("a list of numbers"):
+            taken += [[], [0.1, 0.9], (0.5,)]
+            refused.remove([])
+            refused += [[0], [1.0], 0.5, ["a"], "ab"]
         elif words.startswith("a list"):
             taken += [[0, 0.5], (0.9, 0.999)]
             refused += [[0.5], [0.5] * 3, [0.5, 1], [-0.1, 0.5], 0.5, ["a", "b"], "ab"]
@@ -230,6 +303,14 @@ def test_each_setting_takes_what_it_says_and_nothing_else(key: str) -> None:
 
 # ---------------------------------------------------------------- messages
 
+OUTPUT = (
+    "attention, columns, embedding, feed, horizon, input_feeding, kind, label_smoothing, max_vocabulary, "
+    "min_count, pooling, quantiles, scheduled_sampling, season, tied, unit"
+)
+OUTPUT_ORDER = (
+    "kind, columns, tied, pooling, unit, embedding, max_vocabulary, min_count, attention, feed, "
+    "input_feeding, label_smoothing, scheduled_sampling, horizon, season, quantiles"
+)
 CORE = "bidirectional, cell, chrono, dropout, forget_bias, hidden, init, layers, locked, recurrent_dropout"
 
 
@@ -268,21 +349,21 @@ def test_what_came_is_shown_on_one_line(given_value: object, shown: str) -> None
             {"training": {"optimizer": "adam"}},
             "training.optimizer: expected adamw or sgd, got 'adam'; did you mean 'adamw'?",
         ),
-        ({"input": {"unit": "자모"}}, "input.unit: expected char, jamo, word or subword, got '자모'"),
-        ({"input": {"kind": "video"}}, "input.kind: expected text, got 'video'"),
+        ({"input": {"unit": "자모"}}, "input.unit: expected char, jamo, word, subword or word+char, got '자모'"),
+        ({"input": {"kind": "sound"}}, "input.kind: expected text, image, video, series or vector, got 'sound'"),
         # unknown names
         ({"training": {"lrr": 1}}, "unknown setting 'training.lrr': did you mean 'lr'?"),
         ({"core": {"hiden": 1}}, "unknown setting 'core.hiden': did you mean 'hidden'?"),
         ({"core": {"lr": 1}}, "unknown setting 'core.lr': did you mean 'training.lr'?"),
         ({"training": {"kind": "x"}}, "unknown setting 'training.kind': did you mean 'input.kind' or 'output.kind'?"),
-        ({"output": {"xyz": 1}}, "unknown setting 'output.xyz': known: kind, tied"),
+        ({"output": {"xyz": 1}}, "unknown setting 'output.xyz': known: " + OUTPUT),
         ({"cor": {"hidden": 1}}, "unknown setting 'cor': did you mean 'core'?"),
         ({"hidden": 1}, "unknown setting 'hidden': did you mean 'core.hidden'?"),
         ({"hiden": 1}, "unknown setting 'hiden': did you mean 'hidden'?"),
         ({"core": {1: 2}}, f"unknown setting 'core.1': known: {CORE}"),
         # sections
-        ({"output": 5}, "output: expected settings (kind, tied), got 5"),
-        ({"output": ["kind"]}, "output: expected settings (kind, tied), got ['kind']"),
+        ({"output": 5}, f"output: expected settings ({OUTPUT_ORDER}), got 5"),
+        ({"output": ["kind"]}, f"output: expected settings ({OUTPUT_ORDER}), got ['kind']"),
         # several at once
         ({"core": {"hidden": 0, "layers": 0}}, "core.hidden: expected an integer >= 1, got 0 (and 1 more)"),
         (
@@ -434,12 +515,17 @@ def test_difference_is_what_changed() -> None:
 # ---------------------------------------------------------------- flags
 
 
+SHARED = ("unit", "embedding", "max_vocabulary", "min_count")
+"""What the input and the output have both: the plain name is the input's."""
+
+
 def test_every_plain_name_is_a_flag() -> None:
     for key, about in flat_keys().items():
         assert flag_key(key) == key
-        if about.name != "kind":
-            assert flag_key(about.name) == key
-            assert flag_key(about.name.replace("_", "-")) == key
+        shared = {"dropout": "core.dropout"} | {name: f"input.{name}" for name in SHARED}
+        if about.name not in ("kind", "columns"):
+            assert flag_key(about.name) == shared.get(about.name, key)
+            assert flag_key(about.name.replace("_", "-")) == shared.get(about.name, key)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +544,7 @@ def test_unknown_flags(name: str, said: str) -> None:
 
 def test_a_flag_like_no_other_is_answered_with_all_of_them() -> None:
     said = message(lambda: flag_key("qqq"))
-    assert said.startswith("unknown setting 'qqq': known: average, backend, batch_size, betas, ")
+    assert said.startswith("unknown setting 'qqq': known: attention, average, backend, batch_size, betas, ")
     assert all(about.name in said for about in flat_keys().values())
 
 

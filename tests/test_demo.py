@@ -84,7 +84,7 @@ def test_a_model_that_learned_nothing_fails(
     def no_better(*args: Any, **options: Any) -> Any:
         return dataclasses.replace(evaluate(*args, **options), nats_per_char=2.0)
 
-    monkeypatch.setattr(demo, "evaluate", no_better)
+    monkeypatch.setattr(demo, "evaluate_text", no_better)
     with pytest.raises(TrainingError, match="the demo's model did not beat the counted baselines; please report this"):
         run(tmp_path / "out", short=True)
     assert "trigram" in capsys.readouterr().out, "the figures that condemn it are shown"
@@ -93,7 +93,7 @@ def test_a_model_that_learned_nothing_fails(
 def test_a_demo_that_was_run_before_is_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "evaluate", lambda *args, **options: evaluate(*args[:1], args[1].slice(0, 50)))
+    monkeypatch.setattr(demo, "evaluate_text", lambda *args, **options: evaluate(*args[:1], args[1].slice(0, 50)))
     out = tmp_path / "out"
     with pytest.raises(TrainingError):
         run(out, short=True)

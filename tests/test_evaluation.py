@@ -20,14 +20,14 @@ from samples import ENGLISH, KOREAN, sentences, small_model
 from unrolled.data import EncodedText, encode_texts
 from unrolled.errors import ConfigError, DataError
 from unrolled.evaluation import Evaluation, evaluate
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 
 SUMS = 1e-11
 """Relative: two float64 sums of up to some thousand terms, each from some hundred operations rounded at 1.1e-16."""
 
 
 @torch.no_grad()
-def by_hand(model: Model, documents: Sequence[str]) -> tuple[float, int]:
+def by_hand(model: LanguageModel, documents: Sequence[str]) -> tuple[float, int]:
     """The model's nats over these documents, one step after the other, and the number of predictions."""
     nats, count = [], 0
     for document in documents:
@@ -177,7 +177,7 @@ def test_unknown_symbols_are_counted_and_cost_as_one(tmp_path: Path) -> None:
     assert evaluate(model, write(tmp_path, b="abab")).unknown == 0
 
 
-def by_hand_ids(model: Model, ids: list[int]) -> float:
+def by_hand_ids(model: LanguageModel, ids: list[int]) -> float:
     scores, _ = model(torch.tensor(ids[:-1])[:, None])
     return -sum(float(torch.log_softmax(row[0], 0)[i].detach()) for row, i in zip(scores, ids[1:], strict=True))
 

@@ -27,7 +27,7 @@ FLOORS = """
     nn
     kinds
     model data
-    decoding evaluation checkpoints
+    decoding prediction evaluation checkpoints
     trace streaming
     figures report
     metrics training

@@ -23,7 +23,7 @@ from unrolled.config import resolve
 from unrolled.decoding import generate
 from unrolled.errors import ConfigError, ModelError
 from unrolled.kinds.text import IGNORE, NextWriter, TextReader
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 from unrolled.nn import CoreState
 from unrolled.vocabulary import build_vocabulary
 
@@ -40,7 +40,7 @@ every_cell = pytest.mark.parametrize("cell", ["rnn", "rnn_relu", "lstm", "gru"])
 every_input = pytest.mark.parametrize("kind", INPUTS)
 
 
-def build(cell: str, kind: str) -> Model:
+def build(cell: str, kind: str) -> LanguageModel:
     model = small_model(**{"cell": cell, **INPUTS[kind]})
     if cell == "rnn_relu":  # the only state without bounds: weights this large would have it explode
         with torch.no_grad():
@@ -49,12 +49,12 @@ def build(cell: str, kind: str) -> Model:
     return model
 
 
-def draw_ids(model: Model, steps: int, batch: int, seed: int = 0) -> Tensor:
+def draw_ids(model: LanguageModel, steps: int, batch: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(model.vocabulary), (steps, batch), generator=generator)
 
 
-def draw_state(model: Model, batch: int, seed: int = 0) -> CoreState:
+def draw_state(model: LanguageModel, batch: int, seed: int = 0) -> CoreState:
     """Nonzero, h != c, another one in each layer."""
     count = iter(range(100))
     return map_state(lambda t: random(seed, f"state {next(count)}", *t.shape), model.begin(batch=batch))
@@ -199,7 +199,7 @@ def test_the_loss_of_bfloat16_scores_is_computed_in_float32() -> None:
 # Dropout is for training only.
 
 
-def hidden_in(model: Model) -> Iterator[list[Tensor]]:
+def hidden_in(model: LanguageModel) -> Iterator[list[Tensor]]:
     """What the writer is given while the test runs."""
     seen: list[Tensor] = []
     original: Callable[..., Tensor] = model.writer.forward
@@ -334,7 +334,7 @@ def test_tied_needs_equal_sizes() -> None:
 def test_an_unknown_cell_names_the_nearest() -> None:
     config, vocabulary = resolve({"core": {"cell": "gruu"}}), build_vocabulary("char", ["ab"])
     with pytest.raises(ConfigError, match=r"core.cell: unknown cell 'gruu': did you mean 'gru'\?"):
-        Model(config, vocabulary)
+        LanguageModel(config, vocabulary)
 
 
 def test_a_language_model_cannot_look_ahead() -> None:

@@ -28,7 +28,7 @@ from unrolled.checkpoints import (
     checkpoint_steps,
     load,
     read_checkpoint,
-    read_vocabulary,
+    read_ends,
     save,
     weights_of,
     write_weights,
@@ -36,10 +36,11 @@ from unrolled.checkpoints import (
 from unrolled.config import resolve
 from unrolled.data import Lanes, encode_texts, split_text
 from unrolled.errors import ConfigError, DataError, TrainingError, UnrolledError
-from unrolled.evaluation import evaluate
-from unrolled.model import Model
+from unrolled.evaluation import evaluate_text
+from unrolled.model import LanguageModel
 from unrolled.storage import read_tensors
-from unrolled.training import learning_rate, train
+from unrolled.training import courses, learning_rate, train
+from unrolled.vocabulary import build_vocabulary
 
 FROZEN = 1e-30
 """A learning rate that no float32 weight feels: w - 1e-30 is w."""
@@ -131,7 +132,7 @@ class ByHand(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def by_hand(text: str, start: Model, updates: int) -> ByHand:
+def by_hand(text: str, start: LanguageModel, updates: int) -> ByHand:
     """Truncated BPTT as one would write it down with torch.nn alone: one layer called step by step, the lanes cut out
     of the text with Python's own slices, documents told by the line ends in the text itself."""
     config = start.config
@@ -239,7 +240,7 @@ def test_updates_are_those_of_a_plain_torch_loop(text: Path, tmp_path: Path, cas
     settings = {**TINY, **CASES[case], "backend": backend}
     model = train(text, tmp_path / "m", **settings)
     torch.manual_seed(model.config.training.seed)
-    start = Model(model.config, model.vocabulary)
+    start = LanguageModel(model.config, model.vocabulary)
     hand = by_hand(text.read_text(), start, settings["steps"])
     # float32, sums in another order: some 1e-6 of relative error an update. AdamW divides a gradient by its own size,
     # which makes the error of a small gradient one of the update (lr = 0.02); hence 1e-3 there. A step that is left
@@ -276,7 +277,7 @@ def test_every_window_counts_its_symbols_once_with_the_values_of_the_whole(
     settings = {**TINY, "window": window, "stride": stride, "documents": documents, "lr": FROZEN, "epochs": 1}
     train(text, tmp_path / "m", **{**settings, "steps": None})
     expected, symbols = full_nats(text, tmp_path / "m", TINY["batch_size"])
-    vocabulary = read_vocabulary(tmp_path / "m")
+    vocabulary = read_ends(tmp_path / "m").input.vocabulary
     learn, _ = split_text(encode_texts([text], vocabulary, documents=documents), 0.1)
     lanes = Lanes(learn, TINY["batch_size"], None if window == "full" else int(window), stride)
     counted = [lanes.window(k).counted for k in range(len(lanes))]
@@ -289,7 +290,7 @@ def test_every_window_counts_its_symbols_once_with_the_values_of_the_whole(
 
 def test_full_bptt_is_one_window_over_the_whole_lane(text: Path, tmp_path: Path) -> None:
     train(text, tmp_path / "full", **{**TINY, "window": "full", "steps": 4})
-    vocabulary = read_vocabulary(tmp_path / "full")
+    vocabulary = read_ends(tmp_path / "full").input.vocabulary
     learn, _ = split_text(encode_texts([text], vocabulary), 0.1)
     train(text, tmp_path / "long", **{**TINY, "window": Lanes(learn, TINY["batch_size"], None).steps, "steps": 4})
     assert same(last(tmp_path / "full"), last(tmp_path / "long"))
@@ -300,9 +301,9 @@ def test_full_bptt_is_one_window_over_the_whole_lane(text: Path, tmp_path: Path)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_window_has_one_dropout_mask_where_windows_overlap_too(cell: str) -> None:
     """The carry is taken from the middle of one forward pass: a second one would draw masks of its own."""
-    vocabulary = training.build_vocabulary("char", ["abcdef"])
+    vocabulary = build_vocabulary("char", ["abcdef"])
     config = resolve({"core": {"cell": cell, "hidden": 8, "dropout": 0.5, "recurrent_dropout": 0.3}})
-    model = Model(config, vocabulary).train()
+    model = LanguageModel(config, vocabulary).train()
     ids = torch.randint(len(vocabulary), (9, 3))
     reset = torch.zeros(9, 3, dtype=torch.bool)
     reset[4, 1] = reset[5, 2] = True
@@ -316,7 +317,7 @@ def test_a_window_has_one_dropout_mask_where_windows_overlap_too(cell: str) -> N
         loss, state = run(9, after)
         assert torch.equal(loss, whole)
         expected = run(after, None)[1] if 0 < after < 9 else end if after == 9 else model.begin(batch=3)
-        for a, b in zip(training._flatten(state), training._flatten(expected), strict=True):
+        for a, b in zip(courses._flatten(state), courses._flatten(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # the products are made of fewer steps at once
 
 
@@ -330,7 +331,7 @@ def test_the_state_is_carried_from_window_to_window_and_begins_anew_with_an_epoc
         first = max(0, (steps + 1) * 5 - 8)
         with torch.inference_mode():
             state = model.begin(lanes.window(0).inputs[:first]) if first else model.begin(batch=4)
-        expected = training._flatten(state)
+        expected = courses._flatten(state)
         got = last(tmp_path / f"m{steps}", "carry")
         assert len(got) == len(expected) == 4
         for i, tensor in enumerate(expected):
@@ -352,7 +353,7 @@ def test_nothing_is_predicted_across_documents_and_nothing_remembered(tmp_path: 
     assert losses[0][0] != losses[1][0]
     assert losses[0][1] == losses[1][1]
     # 10 steps of the window; the last would have predicted the first symbol of the second line, and is not counted.
-    vocabulary = read_vocabulary(tmp_path / "a")
+    vocabulary = read_ends(tmp_path / "a").input.vocabulary
     lanes = Lanes(encode_texts([tmp_path / "a.txt"], vocabulary, documents="line"), 1, 10)
     assert lanes.window(0).counted == 9
 
@@ -416,7 +417,7 @@ def test_weight_decay_pulls_matrices_and_leaves_biases(text: Path, tmp_path: Pat
     train(text, tmp_path / "m", **settings)
     torch.manual_seed(1)
     model = load(tmp_path / "m")
-    start = Model(model.config, model.vocabulary).state_dict()
+    start = LanguageModel(model.config, model.vocabulary).state_dict()
     for name, weight in last(tmp_path / "m").items():
         expected = start[name] * (0.95 if weight.dim() == 2 else 1)
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-30)  # one float32 multiplication
@@ -437,11 +438,11 @@ def test_a_new_best_gives_plateau_and_patience_their_patience_back(
     """Validations as a script gives them: 5 is best, 6 and 6 are not, 4 is, then never again."""
     script = iter([5.0, 6.0, 6.0, 4.0, 6.0, 6.0, 6.0, 3.0])
 
-    def scripted(model: Model, *args: Any, **kwargs: Any) -> Any:
-        result = evaluate(model, *args, **kwargs)
+    def scripted(model: LanguageModel, *args: Any, **kwargs: Any) -> Any:
+        result = evaluate_text(model, *args, **kwargs)
         return type(result)(**{**result.to_dict(), "nats_per_char": next(script)})
 
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(courses, "evaluate_text", scripted)
     watcher = Lines()
     settings = {**TINY, "valid_every": 1, "steps": 50, "patience": 3, "schedule": "plateau", "plateau_patience": 1}
     train(text, tmp_path / "m", **settings, watcher=watcher)
@@ -566,7 +567,7 @@ def test_the_best_weights_are_what_is_kept(tmp_path: Path, average: float) -> No
     assert same(tensors, {n.split(".", 1)[1]: t for n, t in checkpoint.items() if n.startswith(f"{part}.")})
     model = load(out)
     _, held_out = split_text(encode_texts([tmp_path / "short.txt"], model.vocabulary), 0.1)
-    assert evaluate(model, held_out).nats_per_char == nats[best]
+    assert evaluate_text(model, held_out).nats_per_char == nats[best]
     marks = [value < min(nats[:i], default=math.inf) for i, value in enumerate(nats)]
     assert column(out, "valid", "best") == marks
 
@@ -587,7 +588,7 @@ def test_the_average_is_the_exponential_one_and_what_is_kept(text: Path, tmp_pat
         out = tmp_path / f"m{steps}"
         model = train(text, out, **{**settings, "steps": steps})
         if not expected:
-            expected = {n: t.clone() for n, t in Model(model.config, model.vocabulary).state_dict().items()}
+            expected = {n: t.clone() for n, t in LanguageModel(model.config, model.vocabulary).state_dict().items()}
         weights = last(out)
         decay = min(0.4, steps / (9 + steps))  # 0.1 at first: an average over few weights must not hold the start
         expected = {name: decay * expected[name] + (1 - decay) * weights[name] for name in expected}
@@ -641,7 +642,7 @@ def test_a_line_of_the_log_is_the_mean_over_its_updates(text: Path, tmp_path: Pa
     train(text, tmp_path / "each", **settings)
     train(text, tmp_path / "third", **{**settings, "log_every": 3})
     each = column(tmp_path / "each", "train", "loss")
-    learn, _ = split_text(encode_texts([text], read_vocabulary(tmp_path / "each"), documents="line"), 0.1)
+    learn, _ = split_text(encode_texts([text], read_ends(tmp_path / "each").input.vocabulary, documents="line"), 0.1)
     lanes = Lanes(learn, TINY["batch_size"], TINY["window"])
     counts = [lanes.window(k).counted for k in range(7)]
     expected = [np.average(each[i : i + 3], weights=counts[i : i + 3]) for i in (0, 3, 6)]
@@ -772,7 +773,7 @@ def test_init_from_starts_with_the_others_weights_and_vocabulary(tmp_path: Path,
     whole = encode_texts([tmp_path / "new.txt"], theirs.vocabulary)
     _, held_out = split_text(whole, 0.1)
     assert held_out.unknown > 0
-    assert column(tmp_path / "m", "valid", "nats_per_char") == [evaluate(theirs, held_out).nats_per_char]
+    assert column(tmp_path / "m", "valid", "nats_per_char") == [evaluate_text(theirs, held_out).nats_per_char]
     nats, symbols = full_nats(tmp_path / "new.txt", source, TINY["batch_size"])
     train(tmp_path / "new.txt", tmp_path / "f", **{**settings, "steps": 1, "window": "full"}, init_from=str(source))
     assert column(tmp_path / "f", "train", "loss") == pytest.approx([nats / symbols], rel=1e-5)  # float32 sums
@@ -851,7 +852,7 @@ def test_the_callers_random_state_and_signal_handlers_are_left_alone(text: Path,
 def test_it_trains_in_any_thread(text: Path, tmp_path: Path) -> None:
     """Signals reach the main thread only, so another one cannot ask for them."""
     settings = {**TINY, "dropout": 0.3, "average": 0.5}
-    done: list[Model] = []
+    done: list[LanguageModel] = []
     # torch's thread count is each thread's own.
     thread = threading.Thread(
         target=lambda: (torch.set_num_threads(1), done.append(train(text, tmp_path / "thread", **settings)))
@@ -895,5 +896,5 @@ def test_peak_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
 def test_weights_written_are_those_of_the_model(text: Path, tmp_path: Path) -> None:
     """`write_weights` and the averaged exchange leave the training weights as they were."""
     model = train(text, tmp_path / "m", **TINY)
-    write_weights(tmp_path / "m", weights_of(model), model.vocabulary)
+    write_weights(tmp_path / "m", weights_of(model), model.ends)
     assert same(weights_of(load(tmp_path / "m")), weights_of(model))

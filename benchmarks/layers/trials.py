@@ -239,7 +239,7 @@ def generating(size: Size, setting: Setting) -> Trial:
     plain = LanguageModel(len(vocabulary), size.hidden, layers=2, embedding=size.hidden).eval()
     settings = {"cell": "lstm", "hidden": size.hidden, "layers": 2, "dropout": 0.0}
     config = resolve({"input": {"embedding": size.hidden}, "core": settings, "training": {"backend": setting.backend}})
-    model = unrolled.Model(config, vocabulary).eval()
+    model = unrolled.LanguageModel(config, vocabulary).eval()
     model.load_state_dict(as_unrolled(plain.state_dict()))
     first = int(vocabulary.encode("\n")[0])  # what an empty prompt stands for
     mine = Side(lambda: "".join(unrolled.generate(model, length=size.steps, seed=1)))

@@ -13,21 +13,35 @@ if TYPE_CHECKING:
     from unrolled.decoding import generate
     from unrolled.errors import UnrolledError
     from unrolled.evaluation import evaluate
-    from unrolled.model import Model
+    from unrolled.model import LanguageModel, Model
+    from unrolled.prediction import predict
     from unrolled.training import train
 
     __version__: str
 
-__all__ = ["Model", "UnrolledError", "__version__", "evaluate", "generate", "load", "save", "train"]
+__all__ = [
+    "LanguageModel",
+    "Model",
+    "UnrolledError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load",
+    "predict",
+    "save",
+    "train",
+]
 
 # A name is imported when it is first asked for: `unrolled --help` must answer without torch, and
 # `import unrolled.nn` without what only training or the command line needs.
 _HOME = {
+    "LanguageModel": "unrolled.model",
     "Model": "unrolled.model",
     "UnrolledError": "unrolled.errors",
     "evaluate": "unrolled.evaluation",
     "generate": "unrolled.decoding",
     "load": "unrolled.checkpoints",
+    "predict": "unrolled.prediction",
     "save": "unrolled.checkpoints",
     "train": "unrolled.training",
 }

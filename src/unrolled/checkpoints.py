@@ -2,7 +2,7 @@
 
     shakespeare/
         config.yaml             every setting, resolved
-        vocabulary.json         symbols <-> ids
+        vocabulary.json         what was learnt about both ends: symbols <-> ids, labels, scales
         model.safetensors       the best weights so far: what evaluate and generate use
         metrics.jsonl           one line per logged update and per validation
         checkpoints/0000001234/ weights, optimiser, averages, carry (state.safetensors) and position (state.json)
@@ -27,8 +27,8 @@ from torch import Tensor
 from unrolled import storage
 from unrolled.config import Config, resolve, to_dict
 from unrolled.errors import ConfigError, StorageError
-from unrolled.model import Model
-from unrolled.vocabulary import Vocabulary, vocabulary_from_json
+from unrolled.kinds import Ends
+from unrolled.model import Model, build_model
 
 __all__ = [
     "Checkpoint",
@@ -41,7 +41,7 @@ __all__ = [
     "prune_checkpoints",
     "read_checkpoint",
     "read_config",
-    "read_vocabulary",
+    "read_ends",
     "save",
     "weights_of",
     "write_checkpoint",
@@ -72,8 +72,8 @@ def save(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:
         StorageError: the folder holds a model already and overwrite is not set, or it cannot be written.
     """
     folder = Path(folder)
-    begin_folder(folder, model.config, model.vocabulary, overwrite=overwrite)
-    write_weights(folder, weights_of(model), model.vocabulary)
+    begin_folder(folder, model.config, model.ends, overwrite=overwrite)
+    write_weights(folder, weights_of(model), model.ends)
 
 
 def load(folder: str | Path) -> Model:
@@ -87,20 +87,20 @@ def load(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     config = read_config(folder)
-    vocabulary = read_vocabulary(folder)
+    ends = read_ends(folder)
     tensors, metadata = storage.read_tensors(folder / _WEIGHTS, "model")
-    if metadata.get("vocabulary") != fingerprint(vocabulary):
+    if metadata.get("vocabulary") != fingerprint(ends):
         raise StorageError(
             f"{folder / _WEIGHTS}: these weights belong to another vocabulary than {_VOCABULARY} beside them: "
             "the files come from different models"
         )
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random state is not ours
-        model = Model(config, vocabulary)
+        model = build_model(config, ends)
     load_weights(model, tensors, folder / _WEIGHTS)
     return model.eval()
 
 
-def begin_folder(folder: Path, config: Config, vocabulary: Vocabulary, *, overwrite: bool = False) -> None:
+def begin_folder(folder: Path, config: Config, ends: Ends, *, overwrite: bool = False) -> None:
     """Make a model folder without weights. The config is written last: a folder that has one has the rest.
 
     overwrite: an earlier model's files in it are deleted first (nothing else in the folder is touched).
@@ -128,7 +128,7 @@ def begin_folder(folder: Path, config: Config, vocabulary: Vocabulary, *, overwr
         raise StorageError(f"{folder} is a file, expected a folder to write the model to")
     storage.make_folder(folder)
     storage.make_folder(folder / _CHECKPOINTS)
-    storage.write_json(folder / _VOCABULARY, "vocabulary", vocabulary.to_json())
+    storage.write_json(folder / _VOCABULARY, "vocabulary", ends.to_json())
     storage.write_yaml(folder / _CONFIG, "config", to_dict(config))
 
 
@@ -146,14 +146,14 @@ def read_config(folder: Path) -> Config:
         raise StorageError(f"{folder / _CONFIG}: {error}") from error
 
 
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of a model folder."""
-    return vocabulary_from_json(storage.read_json(folder / _VOCABULARY, "vocabulary"))
+def read_ends(folder: Path) -> Ends:
+    """What a model folder keeps of its two ends: vocabularies, labels, scales."""
+    return Ends.from_json(storage.read_json(folder / _VOCABULARY, "vocabulary"))
 
 
-def fingerprint(vocabulary: Vocabulary) -> str:
-    """64 hexadecimal digits that differ when the vocabularies do."""
-    return hashlib.sha256(json.dumps(vocabulary.to_json(), sort_keys=True).encode()).hexdigest()
+def fingerprint(ends: Ends) -> str:
+    """64 hexadecimal digits that differ when the ends do."""
+    return hashlib.sha256(json.dumps(ends.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -171,10 +171,10 @@ def weights_of(model: Model) -> dict[str, Tensor]:
 
 
 def write_weights(
-    folder: Path, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, about: Mapping[str, str] | None = None
+    folder: Path, tensors: Mapping[str, Tensor], ends: Ends, about: Mapping[str, str] | None = None
 ) -> None:
     """Replace the folder's `model.safetensors`; `about` is kept beside the weights, as strings."""
-    metadata = {"vocabulary": fingerprint(vocabulary), **(about or {})}
+    metadata = {"vocabulary": fingerprint(ends), **(about or {})}
     storage.write_tensors(folder / _WEIGHTS, "model", tensors, metadata)
 
 

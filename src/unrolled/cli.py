@@ -16,7 +16,7 @@ from unrolled.errors import ConfigError, UnrolledError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["app", "demo", "doctor", "evaluate", "generate", "main", "train"]
+__all__ = ["app", "demo", "doctor", "evaluate", "generate", "main", "predict", "train"]
 
 app = typer.Typer(
     name="unrolled",
@@ -24,7 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="""Recurrent sequence models: train them fast on the CPU you have, and have them write.
+    help="""Recurrent sequence models: train them fast on the CPU you have. What goes in and what comes out decide
+    the form.
 
     [bold]A first round[/bold]
 
@@ -32,6 +33,12 @@ app = typer.Typer(
       unrolled train my.txt --out my/           learn a text
       unrolled evaluate my/ other.txt           how well is another predicted?
       unrolled generate my/ --prompt "Once "    have it write
+
+    [bold]Labels, numbers, translations[/bold]
+
+      unrolled train reviews.tsv --input text:document --output label:label --out reviews/
+      unrolled evaluate reviews/ test.tsv
+      unrolled predict reviews/ "재미있는 영화였어요"
     """,
 )
 
@@ -56,7 +63,7 @@ def _unrolled(
 ) -> None: ...
 
 
-_MODEL, _BPTT, _OPTIMISER, _RUN = "Model", "Time (BPTT)", "Optimiser", "Run"
+_ENDS, _MODEL, _BPTT, _OPTIMISER, _RUN = "What goes in and out", "Model", "Time (BPTT)", "Optimiser", "Run"
 
 
 def _opt(help: str, panel: str, *names: str, **more: Any) -> Any:
@@ -65,8 +72,36 @@ def _opt(help: str, panel: str, *names: str, **more: Any) -> Any:
 
 @app.command(no_args_is_help=True)
 def train(
-    texts: Annotated[list[Path], typer.Argument(help="Files (.txt, .txt.gz, .txt.xz, UTF-8) or folders of them.")],
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Texts (.txt, .gz, .xz, folders); or a table: TSV, CSV, JSONL, Parquet, CoNLL, packed or not."
+        ),
+    ],
     out: Annotated[Path, _opt("The model folder to write.", _RUN, "--out", "-o")],
+    input: Annotated[
+        str | None,
+        _opt(
+            "text (default), image, video, series or vector, and its columns: text:document.",
+            _ENDS,
+            metavar="KIND:COLUMN",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        _opt(
+            "next (default), label, labels (one a step), number, numbers or text, and its columns: label:label.",
+            _ENDS,
+            metavar="KIND:COLUMN",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None, _opt("Column that tells which rows are one series or video.", _ENDS, metavar="COLUMN")
+    ] = None,
+    horizon: Annotated[int | None, _opt("How many steps ahead a series is forecast (24).", _ENDS)] = None,
+    skip_bad: Annotated[
+        bool, _opt("Leave out examples that cannot be read, and list them.", _ENDS, "--skip-bad", metavar="")
+    ] = False,
     cell: Annotated[str | None, _opt("rnn, rnn_relu, lstm (default) or gru.", _MODEL)] = None,
     hidden: Annotated[int | None, _opt("Size of the hidden state vector (512).", _MODEL)] = None,
     layers: Annotated[int | None, _opt("How many cells are stacked (2).", _MODEL)] = None,
@@ -75,11 +110,24 @@ def train(
     ] = None,
     embedding: Annotated[int | None, _opt("Learned vectors of this size in place of one-hot input.", _MODEL)] = None,
     dropout: Annotated[float | None, _opt("Share of values dropped between layers (0.3).", _MODEL)] = None,
+    bidirectional: Annotated[
+        bool,
+        _opt("Read in both directions; what needs the future cannot stream.", _MODEL, "--bidirectional", metavar=""),
+    ] = False,
+    pooling: Annotated[
+        str | None, _opt("What a label is told from: last state (default), mean, max or attention.", _MODEL)
+    ] = None,
+    attention: Annotated[
+        str | None, _opt("How a decoder looks back: dot (default), general, additive, strongest, none.", _MODEL)
+    ] = None,
     window: Annotated[
         str | None, _opt("How many steps back the gradient goes (128), or 'full' for full BPTT.", _BPTT)
     ] = None,
     stride: Annotated[int | None, _opt("How many steps one update moves on (= window).", _BPTT)] = None,
-    batch_size: Annotated[int | None, _opt("How many places of the text are read at once (64).", _BPTT)] = None,
+    batch_size: Annotated[
+        int | None, _opt("How many examples, or places of a text, are read at once (64).", _BPTT)
+    ] = None,
+    max_tokens: Annotated[int | None, _opt("Most steps, padding counted, in a batch of examples.", _BPTT)] = None,
     documents: Annotated[
         str | None, _opt("Where the state starts anew: file (default), line or paragraph.", _BPTT)
     ] = None,
@@ -94,7 +142,7 @@ def train(
     precision: Annotated[str | None, _opt("fp32 (default) or bf16.", _OPTIMISER)] = None,
     valid: Annotated[
         list[Path] | None,
-        _opt("Validate on this file, again for more (else on the text's last 10 %).", _RUN, metavar="<path>"),
+        _opt("Validate on this file, again for more (else on a tenth of the data).", _RUN, metavar="<path>"),
     ] = None,
     errors: Annotated[str | None, _opt("strict (default), or replace bytes that are not UTF-8.", _RUN)] = None,
     seed: Annotated[int | None, _opt("Random seed (1).", _RUN)] = None,
@@ -111,11 +159,19 @@ def train(
         bool, _opt("Print all settings, resolved and explained, and do nothing.", _RUN, "--dump-config", metavar="")
     ] = False,
 ) -> None:
-    """Learn a text: a language model that predicts the next symbol.
+    """Learn from a text, or from a table of examples: what goes in and what comes out decide the form.
 
     Examples:
 
-      unrolled train shakespeare.txt --out shakespeare/
+      unrolled train shakespeare.txt --out shakespeare/                       a language model
+
+      unrolled train reviews.tsv --input text:document --output label:label --out reviews/
+
+      unrolled train pairs.tsv --input text:source --output text:target --out translator/
+
+      unrolled train en.conllu --input text --output labels:upos --out tagger/
+
+      unrolled train power.csv --input series:OT,HUFL --output next --horizon 24 --out power/
 
       unrolled train novels/ --out ko/ --unit jamo --hidden 512 --layers 2 --epochs 20
 
@@ -131,6 +187,8 @@ def train(
         "epochs": epochs, "steps": steps, "lr": lr, "optimizer": optimizer, "schedule": schedule, "clip": clip,
         "average": average, "patience": patience, "precision": precision, "errors": errors, "seed": seed,
         "device": device, "init_from": None if init_from is None else str(init_from),
+        "group": group, "horizon": horizon, "skip_bad": skip_bad or None, "bidirectional": bidirectional or None,
+        "pooling": pooling, "attention": attention, "max_tokens": max_tokens,
     }  # fmt: skip
     settings = {name: value for name, value in plain.items() if value is not None}
     for override in set_ or []:
@@ -140,45 +198,159 @@ def train(
     from unrolled.training import prepare_config
 
     if dump_config:
-        typer.echo(explain(prepare_config(out, config, resume=resume, **settings)), nl=False)
+        typer.echo(
+            explain(prepare_config(out, config, input=input, output=output, resume=resume, **settings)), nl=False
+        )
         return
 
     from unrolled.progress import open_bar
     from unrolled.training import train as run
 
-    run(texts, out, config=config, valid=valid, resume=resume, force=force, watcher=open_bar(), **settings)
-    typer.echo(f"now try: unrolled generate {shlex.quote(str(out))}    (--prompt TEXT: how it shall begin)", err=True)
+    model = run(
+        data,
+        out,
+        input=input,
+        output=output,
+        config=config,
+        valid=valid,
+        resume=resume,
+        force=force,
+        watcher=open_bar(),
+        **settings,
+    )
+    folder = shlex.quote(str(out))
+    if model.config.output.kind != "next":
+        typer.echo(f"now try: unrolled predict {folder} ...    (a text, a file, or lines on standard input)", err=True)
+    elif model.config.input.kind == "text":
+        typer.echo(f"now try: unrolled generate {folder}    (--prompt TEXT: how it shall begin)", err=True)
+    else:
+        typer.echo(f"now try: unrolled predict {folder} FILE    (what comes after the series in it)", err=True)
 
 
 def _window(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
-@app.command(no_args_is_help=True)
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
-    texts: Annotated[list[Path], typer.Argument(help="Files or folders to predict.")],
-    lanes: Annotated[
-        int, typer.Option(help="Read the text at so many places at once: faster, and almost the same figure.")
-    ] = 1,
-    errors: Annotated[str | None, typer.Option(help="strict, or replace bytes that are not UTF-8.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")] = False,
-) -> None:
-    """How well a model predicts a text: cross-entropy per character in nats and bits, and perplexity.
+_SEARCH = "Writing text"
 
-    Lower is better. A text that the model was trained on says little: keep one aside.
+
+@app.command(no_args_is_help=True)
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    inputs: Annotated[list[str] | None, typer.Argument(help="Texts or files; none: lines of standard input.")] = None,
+    input: Annotated[
+        str | None, typer.Option(help="Columns of a table, if not those of training.", metavar="KIND:COLUMN")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="A JSON object a line, with scores.")] = False,
+    batch_size: Annotated[int, typer.Option(help="How many are computed side by side.")] = 64,
+    beam: Annotated[int, _opt("Hypotheses kept at each step (5); 1 is greedy.", _SEARCH)] = 5,
+    n_best: Annotated[int, _opt("Write the best n of them (1).", _SEARCH)] = 1,
+    length_penalty: Annotated[float, _opt("Above 0 favours longer texts (1.0).", _SEARCH)] = 1.0,
+    min_length: Annotated[int, _opt("Fewest symbols (0).", _SEARCH)] = 0,
+    max_length: Annotated[int | None, _opt("Most symbols (twice the input's and 50).", _SEARCH)] = None,
+    block_ngram: Annotated[int, _opt("Write no run of so many symbols twice (0: off).", _SEARCH)] = 0,
+    prefix: Annotated[str, _opt("What every text shall begin with.", _SEARCH)] = "",
+    temperature: Annotated[float | None, _opt("Draw at random, below 1 safer, in place of searching.", _SEARCH)] = None,
+    top_k: Annotated[int | None, _opt("Draw among the k likeliest.", _SEARCH)] = None,
+    top_p: Annotated[float | None, _opt("Draw among the likeliest that together reach p.", _SEARCH)] = None,
+    seed: Annotated[int, _opt("Of the drawing (1).", _SEARCH)] = 1,
+    replace_unknown: Annotated[
+        bool, _opt("Copy the source word looked at most for an unknown word.", _SEARCH, "--replace-unknown", metavar="")
+    ] = False,
+) -> None:
+    """What a model says about inputs: one line out for each line, file or row in.
 
     Examples:
 
-      unrolled evaluate shakespeare/ other.txt
+      unrolled predict reviews/ "재미있는 영화였어요"
 
-      unrolled evaluate shakespeare/ plays/ --lanes 32 --json
+      unrolled predict translator/ sentences.txt --beam 5 --n-best 3 --json
+
+      cat sentences.txt | unrolled predict tagger/
+
+      unrolled predict captions/ photo.png
     """
     from unrolled.checkpoints import load
-    from unrolled.evaluation import evaluate as run
+    from unrolled.decoding import BeamSettings, Sampling
+    from unrolled.prediction import Searching, given_values, longest
+    from unrolled.prediction import predict as run
+
+    drawn = None
+    if temperature is not None or top_k is not None or top_p is not None:
+        drawn = Sampling(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p)
+    searching = Searching(
+        BeamSettings(
+            beam=beam,
+            length_penalty=length_penalty,
+            n_best=n_best,
+            min_length=min_length,
+            max_length=longest if max_length is None else max_length,
+            block_ngram=block_ngram,
+        ),
+        sampling=drawn,
+        seed=seed,
+        prefix=prefix,
+        replace_unknown=replace_unknown,
+    )
+    loaded = load(model)
+    waiting = not inputs and sys.stdin.isatty()
+    values = given_values(loaded, inputs or (line.rstrip("\r\n") for line in sys.stdin), input=input, lines=not inputs)
+    for answer in run(loaded, values, searching=searching, batch_size=batch_size, at_once=1 if waiting else 1024):
+        if as_json:
+            typer.echo(json.dumps({"output": answer.value, **answer.details}, ensure_ascii=False))
+        else:
+            for best in answer.details.get("n_best", [{"text": answer.text}]):
+                typer.echo(" ".join(best["text"].splitlines()))  # a line out for each in
+        sys.stdout.flush()
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    data: Annotated[list[Path], typer.Argument(help="Texts to predict, or a table with inputs and outputs.")],
+    lanes: Annotated[
+        int, typer.Option(help="Read a text at so many places at once: faster, and almost the same figure.")
+    ] = 1,
+    errors: Annotated[str | None, typer.Option(help="strict, or replace bytes that are not UTF-8.")] = None,
+    input: Annotated[str | None, typer.Option(help="Columns, if not those of training.", metavar="KIND:COLUMN")] = None,
+    output: Annotated[str | None, typer.Option(help="The same of the output.", metavar="KIND:COLUMN")] = None,
+    beam: Annotated[int, typer.Option(help="Hypotheses kept at each step where text is written; 1 is greedy.")] = 5,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", metavar="", help="Leave out examples that cannot be read, and list them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object on standard output.")] = False,
+) -> None:
+    """How well a model does: of running text, the cross-entropy per character; of examples, accuracy, F1, BLEU, errors.
+
+    Data that the model was trained on says little: keep some aside.
+
+    Examples:
+
+      unrolled evaluate shakespeare/ plays/ --lanes 32 --json
+
+      unrolled evaluate reviews/ test.tsv
+    """
+    from unrolled.checkpoints import load
+    from unrolled.decoding import BeamSettings
+    from unrolled.evaluation import evaluate_examples, evaluate_text
+    from unrolled.model import LanguageModel
+    from unrolled.prediction import Searching, expect_answers, longest
     from unrolled.progress import open_bar
 
-    result = run(load(model), texts, lanes=lanes, errors=errors, watcher=open_bar()).to_dict()
+    loaded = load(model)
+    if not isinstance(loaded, LanguageModel):
+        figures = evaluate_examples(
+            expect_answers(loaded),
+            data,
+            searching=Searching(BeamSettings(beam=beam, max_length=longest)),
+            input=input,
+            output=output,
+            skip_bad=skip_bad,
+            watcher=open_bar(),
+        )
+        _report(figures, as_json)
+        return
+    result = evaluate_text(loaded, data, lanes=lanes, errors=errors, watcher=open_bar()).to_dict()
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -196,6 +368,17 @@ def evaluate(
     if result["unknown"]:
         share = f"{result['unknown']:,} symbols of the text"
         typer.echo(f"note: the model never saw {share}; all count as one, so the figures flatter it", err=True)
+
+
+def _report(figures: Mapping[str, Any], as_json: bool) -> None:
+    from unrolled.kinds.scores import render
+
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+        return
+    _table({key.replace("_", " "): _figure(value) for key, value in figures.items() if isinstance(value, int | float)})
+    for line in render(figures):
+        typer.echo(line)
 
 
 def _figure(value: float) -> str:

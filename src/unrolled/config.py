@@ -36,6 +36,7 @@ __all__ = [
     "flag_key",
     "flat_keys",
     "load_config",
+    "parse_end",
     "parse_override",
     "resolve",
     "to_dict",
@@ -75,8 +76,8 @@ class InputConfig(_Section):
     columns: _Names = Field((), description="Which columns of the table it is in; none: the usual one of its kind.")
     unit: Literal["char", "jamo", "word", "subword", "word+char"] = Field(
         "char",
-        description="What one step reads: a character, a Korean letter (jamo), a word, a piece of a word, or a word "
-        "together with its characters.",
+        description="What one step reads: a character, a letter of Hangul (jamo), a word, a piece of one, or a word "
+        "and its characters.",
     )
     embedding: _Count | None = Field(
         None,
@@ -91,12 +92,16 @@ class InputConfig(_Section):
     characters: int = Field(
         64, ge=1, description="Size, per direction, of the small reader of a word's characters (word+char only)."
     )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the values of symbols' and steps' vectors set to zero in training."
+    )
     word_dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of symbols read as unknown in training, so that unknown ones can be."
     )
     vectors: _Path | None = Field(
         None, description="Text file of pretrained word vectors (word2vec, fastText) that the embedding starts from."
     )
+    width: int = Field(1, ge=1, description="How many numbers make a step, where a row of a table is a whole series.")
     size: int = Field(48, ge=8, description="Side in pixels to which images and frames are brought.")
     rows: bool = Field(False, description="Read an image row by row, a step each, not as one step.")
     features: int = Field(
@@ -152,8 +157,7 @@ class OutputConfig(_Section):
 
     kind: Literal["next", "label", "labels", "number", "numbers", "text"] = Field(
         "next",
-        description="What comes out: next is what follows, at each step; label and number are one for all, labels and "
-        "numbers one a step; text is written word by word.",
+        description="What comes out: what is next at each step, one label or number, one a step, or written text.",
     )
     columns: _Names = Field((), description="Which columns of the table it is in; none: the usual one of its kind.")
     tied: bool = Field(
@@ -400,6 +404,25 @@ def parse_override(text: str) -> dict[str, dict[str, Any]]:
     return {section: {key: _parse_yaml(value, repr(text))[1]}}
 
 
+def parse_end(section: str, text: str) -> dict[str, dict[str, Any]]:
+    """What goes in or comes out, written `KIND` or `KIND:COLUMN,...`, as a layer for `resolve`.
+
+    >>> parse_end("input", "series:x1,y1")
+    {'input': {'kind': 'series', 'columns': ['x1', 'y1']}}
+
+    Raises:
+        ConfigError: an unknown kind, or a column without a name.
+    """
+    kind, colon, names = text.partition(":")
+    known = _SETTINGS[f"{section}.kind"].options
+    if kind not in known:
+        raise ConfigError(f"--{section}: unknown kind {kind!r}: {nearest(kind, known)}")
+    columns = [name.strip() for name in names.split(",")] if colon else []
+    if not all(columns):
+        raise ConfigError(f"--{section}: expected KIND:COLUMN,COLUMN, got {text!r}")
+    return {section: {"kind": kind, "columns": columns}}
+
+
 def flag_key(name: str) -> str:
     """The dotted key of a setting's plain name, with `_` or `-`: `hidden` -> `core.hidden`; a dotted key is its own.
     A name that the output has too is the input's: `unit` -> `input.unit`.
@@ -411,6 +434,8 @@ def flag_key(name: str) -> str:
     if plain in _SETTINGS:
         return plain
     keys = [key for key, setting in _SETTINGS.items() if setting.name == plain]
+    if plain == "dropout":
+        return "core.dropout"
     if f"input.{plain}" in keys and plain not in ("kind", "columns"):
         return f"input.{plain}"  # what is written follows what is read, unless it is named: output.unit
     if len(keys) > 1:

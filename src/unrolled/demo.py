@@ -15,7 +15,8 @@ import numpy as np
 from unrolled.data import encode_texts, split_text
 from unrolled.decoding import generate
 from unrolled.errors import TrainingError
-from unrolled.evaluation import evaluate
+from unrolled.evaluation import evaluate_text
+from unrolled.model import LanguageModel
 from unrolled.ngram import NGram
 from unrolled.progress import Watcher
 from unrolled.training import train
@@ -40,6 +41,7 @@ def run_demo(out: Path, *, short: bool, force: bool, watcher: Watcher) -> None:
     with as_file(files("unrolled") / "demo_data" / "tinyshakespeare.txt.xz") as text:
         print("Tiny Shakespeare: the first 90 % to learn from, the last 10 % held out.")
         model = train(text, out, force=force, watcher=watcher, **(_SHORT if short else _SETTINGS))
+        assert isinstance(model, LanguageModel)
         whole = encode_texts([text], model.vocabulary)
     learn, held_out = split_text(whole, model.config.data.valid_fraction)
 
@@ -47,7 +49,7 @@ def run_demo(out: Path, *, short: bool, force: bool, watcher: Watcher) -> None:
     for line in _curve(out / "metrics.jsonl"):
         print(line)
 
-    score = evaluate(model, held_out, watcher=watcher).nats_per_char
+    score = evaluate_text(model, held_out, watcher=watcher).nats_per_char
     symbols = len(model.vocabulary)
     held = np.asarray(held_out.ids)
     rows = [("every character equally likely", math.log(symbols))]

@@ -17,7 +17,7 @@ __all__ = ["MetricsLog", "Recent", "Sums"]
 
 
 class Sums(Protocol):
-    """Where the sums since the last line of the log lie: nats of the symbols read, and how many they are."""
+    """Where the sums since the last line of the log lie: of what was counted, and how many that are."""
 
     nats: float
     units: int
@@ -26,8 +26,8 @@ class Sums(Protocol):
 class Recent:
     """Mean loss and speed since the last line of the log. The caller holds the sums: a checkpoint has them."""
 
-    def __init__(self, at: Sums, chars_per_unit: float) -> None:
-        self.at, self.chars_per_unit = at, chars_per_unit
+    def __init__(self, at: Sums, unit: str, chars_per_unit: float | None) -> None:
+        self.at, self.unit, self.chars_per_unit = at, unit, chars_per_unit
         self.read, self.began = 0, time.monotonic()
 
     def add(self, mean: float, units: int) -> None:
@@ -37,12 +37,15 @@ class Recent:
 
     def figures(self) -> dict[str, float]:
         at = self.at
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        if self.chars_per_unit is None:
+            return {"loss": at.nats / max(at.units, 1), f"{self.unit}s_per_second": round(self.read / seconds)}
         nats = at.nats / max(at.units * self.chars_per_unit, 1e-9)
         return {
             "loss": at.nats / max(at.units, 1),
             "nats_per_char": nats,
             "bits_per_char": nats / math.log(2),
-            "chars_per_second": round(self.read * self.chars_per_unit / max(time.monotonic() - self.began, 1e-9)),
+            "chars_per_second": round(self.read * self.chars_per_unit / seconds),
         }
 
     def pop(self) -> dict[str, float]:
@@ -53,6 +56,8 @@ class Recent:
 
     def note(self) -> str:
         f = self.figures()
+        if self.chars_per_unit is None:
+            return f"loss {f['loss']:.4f}  {f[f'{self.unit}s_per_second']:,.0f} {self.unit}s/s"
         return (
             f"loss {f['loss']:.3f}  {f['nats_per_char']:.3f} nats/char  {f['bits_per_char']:.3f} bits/char  "
             f"{f['chars_per_second']:,.0f} chars/s"

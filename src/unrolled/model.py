@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from unrolled import fused, native
-from unrolled.cells import map_state
+from unrolled.cells import Lookup, map_state
 from unrolled.config import Config
 from unrolled.errors import ConfigError
-from unrolled.kinds.text import NextWriter, TextReader
+from unrolled.kinds.contract import Answer, Ends, Loss, Steps, Targets
+from unrolled.kinds.text import NextSymbol, NextWriter, Text, TextReader
 from unrolled.nn import Core, CoreState, dropout_steps
+from unrolled.unroll import Unrolled
 from unrolled.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["Form", "Model"]
+__all__ = ["ExampleModel", "Form", "LanguageModel", "Model", "build_model", "form_of"]
 
 
 @dataclass(frozen=True)
@@ -37,34 +39,80 @@ class Form:
         return f"{self.input} -> {self.output}: {self.name} ({self.example})"
 
 
-_FORMS = {
-    ("text", "next"): Form("text", "next", "many-to-many, aligned, autoregressive", "language model"),
-}
+_IN = {"text": "many", "video": "many", "series": "many", "image": "one", "vector": "one"}
+_ALIGNED = ("labels", "numbers")
+
+
+def form_of(config: Config) -> Form:
+    """The form that follows from the two ends.
+
+    Raises:
+        ConfigError: no form has these ends.
+    """
+    given, asked = config.input, config.output
+    many = _IN[given.kind] == "many" or (given.kind == "image" and given.rows)
+    what = {"text": "text", "image": "an image", "video": "a video", "series": "a series", "vector": "a vector"}
+    if asked.kind == "next":
+        if given.kind not in ("text", "series"):
+            raise ConfigError(f"output.kind: {what[given.kind]} has nothing that comes next: expected text or series")
+        example = "language model" if given.kind == "text" else "forecasting"
+        return Form(given.kind, "next", "many-to-many, aligned, autoregressive", example)
+    if asked.kind in _ALIGNED:
+        if not many:
+            raise ConfigError(
+                f"output.kind: {what[given.kind]} is one step, and {asked.kind} are one a step: expected "
+                f"{asked.kind.removesuffix('s')}"
+            )
+        delay = "both directions" if config.core.bidirectional else "no delay"
+        example = {"text": "tagging", "video": "frame-level video"}.get(given.kind, "a label per step")
+        return Form(given.kind, asked.kind, f"many-to-many, aligned, {delay}", example)
+    if asked.kind == "text":
+        if not many:
+            return Form(given.kind, "text", "one-to-many", "captioning")
+        how = "without attention" if asked.attention == "none" else f"with {asked.attention} attention"
+        example = "translation, chatbot" if given.kind == "text" else "description"
+        return Form(given.kind, "text", f"many-to-many, encoder-decoder {how}", example)
+    examples = {"text": "sentiment", "video": "activity", "image": "picture classification"}
+    example = "regression" if asked.kind == "number" else examples.get(given.kind, "classification")
+    return Form(given.kind, asked.kind, "many-to-one" if many else "one-to-one", example)
+
+
+class _Run:
+    """See `unrolled.kinds.contract.Run`."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+
+    def __call__(self, x: Any, state: Any = None, *, lengths: Any = None, outputs: bool = True) -> Unrolled:
+        run: Unrolled = self.core(x, state, lengths=lengths, outputs=outputs)
+        return run._replace(outputs=self.drop(run.outputs)) if outputs else run
+
+    def drop(self, hidden: Tensor) -> Tensor:
+        core = self.core
+        steps = hidden if hidden.dim() == 3 else hidden[None]
+        return dropout_steps(steps, core.dropout, locked=core.locked, training=core.training).view_as(hidden)
 
 
 class Model(nn.Module):
-    """A recurrent sequence model with the vocabulary it reads and writes.
-
-    Streams through the same two methods as a cell, one floor up: `begin` gives a state, `step` a symbol's scores
-    and the next state.
+    """Input kind + recurrent core + output kind. What the two ends are decides the form, and which subclass it is.
 
     Args:
         config: the resolved settings (`unrolled.config.resolve`).
-        vocabulary: text <-> ids.
+        ends: what was learnt from the training data about both ends.
 
     Raises:
-        ConfigError: an unknown cell, or settings that do not fit together.
+        ConfigError: an unknown cell, ends that no form has, or settings that do not fit together.
     """
 
-    def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
+    def __init__(self, config: Config, ends: Ends) -> None:
         super().__init__()
         core = config.core
-        self.config = config
-        self.vocabulary = vocabulary
-        self.reader = TextReader(len(vocabulary), config.input.embedding)
+        self.config, self.ends = config, ends
+        self.form = form_of(config)
+        self.reader = ends.input.reader(config)
         self.core = Core(
             core.cell,
-            self.reader.step_size,
+            self.reader.step_size,  # type: ignore[arg-type]
             core.hidden,
             core.layers,
             bidirectional=core.bidirectional,
@@ -77,21 +125,73 @@ class Model(nn.Module):
             backend=config.training.backend,
             tape_budget=config.training.tape_budget,
         )
-        if config.output.tied and self.reader.table is None:
-            raise ConfigError(
-                f"output.tied: one-hot input has no embedding to share: set input.embedding={core.hidden}"
-            )
-        self.writer = NextWriter(
-            self.core.output_size,
-            len(vocabulary),
-            self.reader.table if config.output.tied else None,
-            backend=config.training.backend,
-        )
+        self.writer = ends.output.writer(config, self.reader, self.core)
 
     @property
-    def form(self) -> Form:
-        """Which of the notes' forms this model is."""
-        return _FORMS[self.config.input.kind, self.config.output.kind]
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+
+class ExampleModel(Model):
+    """A model that is trained on examples, each an input and its output."""
+
+    writer: Any
+
+    def loss(self, steps: Steps, targets: Targets) -> Loss:
+        """The summed loss of a batch of examples, and how many targets it is of."""
+        loss: Loss = self.writer.loss(lambda: self._read(steps), _Run(self.core), steps, targets)
+        return loss
+
+    def answer(self, steps: Steps) -> list[Answer]:
+        """What the model says about each input of a batch; not for text, which is searched for."""
+        raw = self.writer.answer(lambda: self._read(steps), _Run(self.core), steps)
+        return [self.ends.output.answer(row) for row in raw]
+
+    def begin(self, steps: Steps) -> Any:
+        """The state before the first word is written, once the inputs are read. For models that write text."""
+        return self.writer.begin(lambda: self._read(steps), _Run(self.core), steps)
+
+    def _read(self, steps: Steps) -> Any:
+        x, share = self.reader(*steps.tensors), self.config.input.dropout
+        if not self.training or not share:
+            return x
+        vectors = x.vectors() if isinstance(x, Lookup) else x
+        return dropout_steps(vectors, share, locked=False, training=True)
+
+    def step(self, ids: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B V"], Any]:
+        """Read the last word of each row: the scores of the next one, and the state after."""
+        scores, state = self.writer.step(self.core, ids, state)
+        return scores, state
+
+
+def build_model(config: Config, ends: Ends) -> Model:
+    """The model that these settings and ends make."""
+    if isinstance(ends.output, NextSymbol) and isinstance(ends.input, Text):
+        return LanguageModel(config, ends.input.vocabulary)
+    return ExampleModel(config, ends)
+
+
+class LanguageModel(Model):
+    """Text -> next: a model of running text, whose state is carried from window to window.
+
+    Streams through the same two methods as a cell, one floor up: `begin` gives a state, `step` a symbol's scores
+    and the next state.
+
+    Args:
+        config: the resolved settings (`unrolled.config.resolve`).
+        vocabulary: text <-> ids.
+
+    Raises:
+        ConfigError: an unknown cell, or settings that do not fit together.
+    """
+
+    reader: TextReader
+    writer: NextWriter
+
+    def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
+        super().__init__(config, Ends(Text(vocabulary), NextSymbol()))
+        self.vocabulary = vocabulary
 
     def begin(
         self,
@@ -159,14 +259,11 @@ class Model(nn.Module):
             return self.writer.loss(hidden, targets), state
         state = self.begin(batch=ids.shape[1]) if state is None else state
         run = self.core(self.reader(ids), state, reset=reset, all_states=True)
-        loss = self.writer.loss(self._drop(run.outputs), targets)
+        loss = self.writer.loss(_Run(self.core).drop(run.outputs), targets)
         return loss, map_state(lambda t: t[after - 1], run.states) if after else state
 
     def _hidden(
         self, ids: Tensor, state: CoreState | None, lengths: Tensor | Sequence[int] | None, reset: Tensor | None
     ) -> tuple[Tensor, CoreState]:
         run = self.core(self.reader(ids), state, lengths=lengths, reset=reset)
-        return self._drop(run.outputs), run.state
-
-    def _drop(self, hidden: Tensor) -> Tensor:
-        return dropout_steps(hidden, self.core.dropout, locked=self.core.locked, training=self.training)
+        return _Run(self.core).drop(run.outputs), run.state

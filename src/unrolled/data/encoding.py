@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import re
-import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -17,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from unrolled.data.reading import find_texts, read_text
-from unrolled.errors import ConfigError, DataError, StorageError, nearest
+from unrolled.data.scratch import Scratch
+from unrolled.errors import ConfigError, DataError, nearest
 from unrolled.vocabulary import Vocabulary
 
 __all__ = ["DOCUMENTS", "EncodedText", "encode_texts", "split_text"]
@@ -168,10 +166,7 @@ def encode_texts(
         if progress:
             progress(read_before + read)
 
-    with ExitStack() as stack:
-        with _writing(directory):
-            # Without a buffer, since closing would try once more to write what found the disk full.
-            file = stack.enter_context(tempfile.TemporaryFile(buffering=0, dir=directory))
+    with Scratch(directory, "the encoded text") as scratch:
         for path in files:
             marks.begin_file()
             for chunk in read_text(path, errors=errors, progress=tell):
@@ -191,17 +186,13 @@ def encode_texts(
                     unusual = unknown[sizes[unknown] != 1]
                     odd.extend((units + unusual).tolist())
                     odd_sizes.extend(sizes[unusual].tolist())
-                with _writing(directory):
-                    rest = ids.view(np.uint8).data
-                    while rest:
-                        rest = rest[file.write(rest) :]
+                scratch.write(ids)
                 units += len(ids)
             read_before += read_here
             read_here = 0
         if not units:
             raise DataError(f"there is no text in {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''}")
-        with _writing(directory):
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = scratch.map()
     return EncodedText(
         np.frombuffer(mapped, vocabulary.dtype),
         starts=np.array(starts, np.int64),
@@ -209,17 +200,6 @@ def encode_texts(
         exceptions=(np.array(odd, np.int64), np.array(odd_sizes, np.int64)),
         fingerprint=digest.hexdigest(),
     )
-
-
-@contextmanager
-def _writing(directory: str | Path | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{directory or tempfile.gettempdir()}: cannot write the encoded text here ({error.strerror or error}):"
-            " name another folder, or set TMPDIR"
-        ) from error
 
 
 class _Marks:

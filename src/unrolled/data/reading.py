@@ -8,13 +8,14 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from unrolled.errors import ConfigError, DataError, nearest
 from unrolled.vocabulary import last_border
 
-__all__ = ["ERRORS", "find_texts", "read_text"]
+__all__ = ["ERRORS", "find_texts", "opened", "read_text", "unpacked_suffix"]
 
 ERRORS = ("strict", "replace")
 """What may be done about bytes that are no text."""
@@ -156,18 +157,33 @@ def _unpacked(path: Path) -> str:
 
 def _bytes(path: Path, chunk: int) -> Iterator[tuple[bytes, int, bool]]:
     """Unpacked bytes, how many bytes of the file have been read, and whether this is the end (then without bytes)."""
+    with opened(path) as (file, stream):
+        read = 0
+        while data := stream.read(chunk):
+            # A plain file may be a pipe, which cannot tell.
+            read = read + len(data) if stream is file else file.tell()
+            yield data, read, False
+        yield b"", read, True
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file, and the stream of its unpacked bytes, which is the file itself where nothing is packed.
+
+    Raises:
+        DataError: it cannot be opened, or later, read or unpacked.
+    """
     suffix = path.suffix.lower()
     try:
         with open(path, "rb") as file:
-            unpack = _PACKED.get(suffix)
-            stream = unpack(file) if unpack else file
-            read = 0
-            while data := stream.read(chunk):
-                # A plain file may be a pipe, which cannot tell.
-                read = file.tell() if unpack else read + len(data)
-                yield data, read, False
-            yield b"", read, True
+            yield file, _PACKED[suffix](file) if suffix in _PACKED else file
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: this {suffix} file is damaged or cut off: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot read this file: {error.strerror or error}") from error
+
+
+def unpacked_suffix(path: Path) -> str:
+    """The extension of what a file holds, in lower case: `.tsv` for `a.tsv` and for `a.TSV.gz`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from unrolled.errors import StorageError, nearest
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
 
     from unrolled.config import Config
+    from unrolled.nn import Core
+    from unrolled.unroll import Unrolled
 
 __all__ = [
     "INPUTS",
@@ -41,6 +43,7 @@ __all__ = [
     "Steps",
     "Targets",
     "Writer",
+    "count",
     "pad",
     "register",
 ]
@@ -54,8 +57,8 @@ comes as an iterator of consecutive pieces; `collate` gets whole arrays always."
 class Steps(NamedTuple):
     """Inputs of a batch. T steps, B rows; padding after a row's last step.
 
-    tensors: what the reader takes, the first of them `[T B ...]`; lengths: int64 `[B]`; ends: int64 `[W B]`, the step at
-    which each of W words ends, for outputs that are aligned to words while characters are read, with `words` int64
+    tensors: what the reader takes, the first of them `[T B ...]`; lengths: int64 `[B]`; ends: int64 `[W B]`, the step
+    at which each of W words ends, for outputs that are aligned to words while characters are read, with `words` int64
     `[B]` of them; None where every step is one.
     """
 
@@ -85,7 +88,8 @@ class Targets(NamedTuple):
         return self._replace(tensors=tuple(t.to(device) for t in self.tensors))
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """A summed loss, a scalar tensor, and how many things (labels, words, numbers) it is the sum of."""
 
     total: Tensor
@@ -117,9 +121,16 @@ class Score(ABC):
         """The figures by name, plain values for JSON."""
 
 
-Run: TypeAlias = Callable[..., Any]
-"""The model's core over steps: `run(x, state=None, lengths=..., outputs=True) -> unrolled.unroll.Unrolled`, with
-dropout as the model has it. `x` is what `read` gave."""
+class Run(Protocol):
+    """The model's core with its dropout, as a writer runs it."""
+
+    core: Core
+
+    def __call__(self, x: Any, state: Any = None, *, lengths: Tensor | None = None, outputs: bool = True) -> Unrolled:
+        """The core over steps `[T B I]`, which the reader gave; its outputs with dropout while training."""
+
+    def drop(self, hidden: Float[Tensor, "*T B H"]) -> Float[Tensor, "*T B H"]:
+        """Dropout before the output, for what did not come from `outputs`."""
 
 
 class Writer(nn.Module, ABC):
@@ -193,8 +204,9 @@ class Output(ABC):
         return Targets(tuple(pad(column) for column in zip(*rows, strict=True)), count([row[0] for row in rows]))
 
     @abstractmethod
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
-        """The part of the model that answers. size: of a hidden state vector of the core."""
+    def writer(self, config: Config, reader: Any, core: Core) -> nn.Module:
+        """The part of the model that answers, a `Writer`: made for steps of `reader.step_size` numbers and hidden
+        states of `core.output_size`."""
 
     @abstractmethod
     def answer(self, raw: Any) -> Answer:
@@ -213,10 +225,16 @@ class Output(ABC):
 
 def pad(arrays: Sequence[Array]) -> Tensor:
     """Arrays [n_b ...] as one tensor `[T B ...]`, zeros after each one's end; integers as int64, floats as float32,
-    bytes as they are."""
+    pixels (bytes that have more than one dimension) as they are."""
     first = arrays[0]
     steps = max(len(array) for array in arrays)
-    dtype = first.dtype if first.dtype == np.uint8 else np.int64 if first.dtype.kind in "iub" else np.float32
+    dtype = (
+        first.dtype
+        if first.dtype == np.uint8 and first.ndim > 1
+        else np.int64
+        if first.dtype.kind in "iub"
+        else np.float32
+    )
     padded = np.zeros((steps, len(arrays), *first.shape[1:]), dtype)
     for b, array in enumerate(arrays):
         padded[: len(array), b] = array
@@ -264,7 +282,7 @@ class Ends:
             if not isinstance(end, Mapping) or not isinstance(kind, str) or kind not in known:
                 raise StorageError(f"vocabulary: {name}: unknown kind {kind!r}: {nearest(str(kind), known)}")
             try:
-                ends.append(known[kind].from_json(end))  # type: ignore[attr-defined]
+                ends.append(known[kind].from_json(end))
             except (KeyError, TypeError, ValueError) as error:
                 if isinstance(error, StorageError):
                     raise

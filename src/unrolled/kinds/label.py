@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unrolled import native
 from unrolled.errors import DataError
-from unrolled.kinds.contract import Answer, Arrays, Input, Loss, Output, Run, Score, Steps, Targets, Writer, register
+from unrolled.kinds.contract import Answer, Arrays, Loss, Output, Run, Score, Steps, Targets, Writer, register
 from unrolled.kinds.pooling import Pooling
 from unrolled.kinds.scores import LabelScore, TagScore
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from unrolled.config import Config
+    from unrolled.nn import Core
 
-__all__ = ["Label", "LabelWriter", "Labels", "LabelsWriter"]
+__all__ = ["Label", "LabelWriter", "Labels", "LabelsWriter", "aligned", "labels_of", "real"]
 
 _UNSEEN = -1
 """A label that training never saw: no answer can be right, and none is learnt from it."""
@@ -85,10 +86,14 @@ class Label(_Named):
     def encode(self, value: str) -> Arrays:
         return (np.array([self.number(value)], np.int64),)
 
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
+    def writer(self, config: Config, reader: Any, core: Core) -> Writer:
         output = config.output
         return LabelWriter(
-            size, len(self.names), output.pooling, smoothing=output.label_smoothing, backend=config.training.backend
+            core.output_size,
+            len(self.names),
+            output.pooling,
+            smoothing=output.label_smoothing,
+            backend=config.training.backend,
         )
 
     def answer(self, raw: Tensor) -> Answer:
@@ -116,17 +121,15 @@ class Labels(_Named):
     def encode(self, value: Sequence[str] | str) -> Arrays:
         return (np.array([self.number(name) for name in labels_of(value)], np.int64),)
 
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
+    def writer(self, config: Config, reader: Any, core: Core) -> Writer:
         return LabelsWriter(
-            size, len(self.names), smoothing=config.output.label_smoothing, backend=config.training.backend
+            core.output_size, len(self.names), smoothing=config.output.label_smoothing, backend=config.training.backend
         )
 
-    def answer(self, raw: Tensor) -> Answer:
-        """raw: log probabilities [W C]."""
-        best = raw.max(dim=-1) if len(raw) else None
-        names = [] if best is None else [self.names[i] for i in best.indices.tolist()]
-        scores = [] if best is None else best.values.exp().tolist()
-        return Answer(names, " ".join(names), {"scores": scores})
+    def answer(self, raw: tuple[list[int], list[float]]) -> Answer:
+        """raw: for each step the likeliest label and its probability."""
+        names = [self.names[i] for i in raw[0]]
+        return Answer(names, " ".join(names), {"scores": raw[1]})
 
     def score(self, config: Config) -> Score:
         return TagScore(self.names)
@@ -154,9 +157,7 @@ class _Classes(nn.Module):
     def loss(self, hidden: Float[Tensor, "M H"], targets: Int[Tensor, "M"]) -> Loss:
         scores = self(hidden)
         scores = scores if scores.dtype == torch.float64 else scores.float()
-        total = F.cross_entropy(
-            scores, targets, ignore_index=_UNSEEN, reduction="sum", label_smoothing=self.smoothing
-        )
+        total = F.cross_entropy(scores, targets, ignore_index=_UNSEEN, reduction="sum", label_smoothing=self.smoothing)
         return Loss(total, int((targets != _UNSEEN).sum()))
 
 
@@ -191,8 +192,9 @@ class LabelsWriter(Writer):
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         hidden = aligned(run(read(), lengths=steps.lengths).outputs, steps)
-        scores = torch.log_softmax(self.classes(hidden).float(), -1).cpu()
-        return [scores[:n, b] for b, n in enumerate(steps.aligned.tolist())]
+        best = torch.softmax(self.classes(hidden).float(), -1).max(-1)  # of all rows at once: small operations are slow
+        labels, scores = (part.T.tolist() for part in (best.indices, best.values))
+        return [(labels[b][:n], scores[b][:n]) for b, n in enumerate(steps.aligned.tolist())]
 
 
 def aligned(hidden: Float[Tensor, "T B H"], steps: Steps) -> Float[Tensor, "W B H"]:

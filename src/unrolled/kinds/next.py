@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unrolled.errors import ConfigError, DataError
-from unrolled.kinds.contract import Answer, Arrays, Input, Loss, Output, Run, Score, Steps, Targets, Writer, register
+from unrolled.errors import DataError
+from unrolled.kinds.contract import Answer, Arrays, Loss, Output, Run, Score, Steps, Targets, Writer, register
 from unrolled.kinds.label import real
 from unrolled.kinds.number import Scale
 from unrolled.kinds.scores import SeriesScore
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
     from unrolled.config import Config
+    from unrolled.nn import Core
 
 __all__ = ["Next", "SeriesWriter"]
 
@@ -40,7 +41,6 @@ class Next(Output):
     """
 
     kind: ClassVar[str] = "next"
-    aligned: ClassVar[bool] = True
     best = ("mase", "min")
 
     def __init__(
@@ -89,14 +89,9 @@ class Next(Output):
         """The scaled numbers, float32 [T F]: what is to be forecast is what is read, a step later."""
         return Series(self.scale).encode(value)
 
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
-        """
-        Raises:
-            ConfigError: the input is no series: its own forecast could not be read as the next step.
-        """
-        if not isinstance(input, Series):
-            raise ConfigError(f"output.kind: next forecasts a series: expected input.kind series, got {input.kind}")
-        return SeriesWriter(size, self.change / self.scale.deviation, self.horizon, self.quantiles)
+    def writer(self, config: Config, reader: Any, core: Core) -> Writer:
+        change = self.change / self.scale.deviation
+        return SeriesWriter(core.output_size, change, self.horizon, self.quantiles)
 
     def answer(self, raw: Tensor) -> Answer:
         """raw: scaled forecasts [1+Q horizon F], the middle and then each quantile."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
+import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrolled.errors import DataError
-from unrolled.kinds.contract import Answer, Arrays, Input, Loss, Output, Run, Score, Steps, Targets, Writer, register
+from unrolled.kinds.contract import Answer, Arrays, Loss, Output, Run, Score, Steps, Targets, Writer, register
 from unrolled.kinds.label import aligned, real
 from unrolled.kinds.pooling import Pooling
 from unrolled.kinds.scores import NumberScore
 
 if TYPE_CHECKING:
     from unrolled.config import Config
+    from unrolled.nn import Core
 
 __all__ = ["Number", "NumberWriter", "Numbers", "Scale", "floats"]
 
@@ -45,7 +46,7 @@ def floats(value: Any) -> list[float]:
 class Scale:
     """Mean and standard deviation, per column, of the training part: what a model sees is (x - mean) / deviation."""
 
-    def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+    def __init__(self, mean: npt.ArrayLike, deviation: npt.ArrayLike) -> None:
         self.mean, self.deviation = np.asarray(mean, np.float64), np.asarray(deviation, np.float64)
 
     @classmethod
@@ -123,8 +124,8 @@ class Number(_Scaled):
             raise DataError(f"expected {self.scale.width} numbers, got {len(numbers)}")
         return (self.scale.apply(np.array([numbers])),)
 
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
-        return NumberWriter(size, self.scale.width, config.output.pooling)
+    def writer(self, config: Config, reader: Any, core: Core) -> Writer:
+        return NumberWriter(core.output_size, self.scale.width, config.output.pooling)
 
     def answer(self, raw: Tensor) -> Answer:
         """raw: scaled numbers [F]."""
@@ -147,8 +148,8 @@ class Numbers(_Scaled):
     def encode(self, value: Any) -> Arrays:
         return (self.scale.apply(_column(value)),)
 
-    def writer(self, config: Config, size: int, input: Input) -> Writer:
-        return NumberWriter(size, self.scale.width, None)
+    def writer(self, config: Config, reader: Any, core: Core) -> Writer:
+        return NumberWriter(core.output_size, self.scale.width, None)
 
     def answer(self, raw: Tensor) -> Answer:
         """raw: scaled numbers [W F]."""

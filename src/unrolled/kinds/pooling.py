@@ -41,7 +41,7 @@ class Pooling(nn.Module):
             # The last layer's one or two directions make up an output vector.
             width = cells[-1].h.shape[-1]
             last: Tensor = torch.cat([cell.h for cell in cells[-(self.size // width) :]], dim=-1)
-            return run.drop(last)  # type: ignore[attr-defined, no-any-return]
+            return run.drop(last)
         outputs = run(inputs, lengths=lengths).outputs
         mask = torch.arange(len(outputs), device=outputs.device)[:, None] < lengths.to(outputs.device)[None]
         if self.how == "max":

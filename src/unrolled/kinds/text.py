@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from unrolled import native
 from unrolled.cells import Lookup
-from unrolled.errors import ConfigError, DataError
-from unrolled.kinds.contract import Arrays, Input, Steps, count, pad, register
+from unrolled.errors import ConfigError, DataError, ModelError
+from unrolled.kinds.contract import Answer, Arrays, Input, Output, Score, Steps, count, pad, register
 from unrolled.nn import Core
 from unrolled.vocabulary import WORD, Vocabulary, build_vocabulary, vocabulary_from_json
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from unrolled.config import Config
 
-__all__ = ["IGNORE", "NextWriter", "Text", "TextReader", "WordReader"]
+__all__ = ["IGNORE", "NextSymbol", "NextWriter", "Text", "TextReader", "WordReader"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -47,9 +48,7 @@ class Text(Input):
 
     kind: ClassVar[str] = "text"
 
-    def __init__(
-        self, vocabulary: Vocabulary, characters: Vocabulary | None = None, *, aligned: bool = False
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, characters: Vocabulary | None = None, *, aligned: bool = False) -> None:
         self.vocabulary, self.characters, self.aligned = vocabulary, characters, aligned
 
     @classmethod
@@ -59,12 +58,12 @@ class Text(Input):
         def texts() -> Iterator[str]:
             for value in values:
                 yield "".join(_words(value)) if aligned or not isinstance(value, str) else value
-                # Examples do not run into each other; a line end is never a word's part.
-                yield "\n"
 
         if settings.unit != "word+char":
-            sizes = {"max_size": settings.max_vocabulary, "min_count": settings.min_count}
-            return cls(build_vocabulary(settings.unit, texts(), **sizes), aligned=aligned)
+            vocabulary = build_vocabulary(
+                settings.unit, texts(), max_size=settings.max_vocabulary, min_count=settings.min_count
+            )
+            return cls(vocabulary, aligned=aligned)
         kept = list(texts())  # read twice
         words = build_vocabulary("word", kept, max_size=settings.max_vocabulary, min_count=settings.min_count)
         return cls(words, build_vocabulary("char", kept), aligned=aligned)
@@ -72,6 +71,45 @@ class Text(Input):
     def words(self, value: str | Sequence[str]) -> list[str]:
         """The words that an aligned output has an entry for."""
         return [word.strip() for word in _words(value)]
+
+    def pieces(self, value: str | Sequence[str]) -> list[str]:
+        """What each step of `value` reads, as text: what stands there, also where the vocabulary lacks it."""
+        text = "".join(_words(value)) if self.aligned or not isinstance(value, str) else value
+        if self.vocabulary.unit == "word":
+            return WORD.findall(text)
+        return [self.vocabulary.name(i) for i in self.vocabulary.encode(text).tolist()]
+
+    def load_vectors(self, reader: TextReader | WordReader, path: str | Path) -> str:
+        """Set the rows of the reader's table to pretrained vectors, where a word has one; what was found, for people.
+
+        The file is word2vec's or fastText's text format: a word and its numbers a line, perhaps a first line with how
+        many words and numbers there are. Words are looked up as they are written and, failing that, in lower case. The
+        vectors are scaled so that their numbers spread as those of the table's other rows do.
+
+        Raises:
+            ConfigError: the input is one-hot, or the table's rows have another size than the vectors.
+            DataError: the file cannot be read.
+        """
+        if reader.table is None:
+            raise ConfigError("input.vectors: one-hot input has no vectors to set: set input.embedding to their size")
+        size = reader.table.shape[1]
+        rows: dict[str, list[int]] = {}
+        for number in range(1, len(self.vocabulary)):
+            name = self.vocabulary.name(number).strip()
+            for key in {name, name.lower()}:
+                rows.setdefault(key, []).append(number)
+        found: dict[int, tuple[bool, Array]] = {}
+        for word, numbers in _vectors(Path(path), size):
+            for number in rows.get(word, ()):
+                exact = self.vocabulary.name(number).strip() == word
+                if number not in found or exact:
+                    found[number] = exact, numbers
+        if found:
+            order = sorted(found)
+            vectors = np.stack([found[number][1] for number in order])
+            with torch.no_grad():
+                reader.table[torch.tensor(order)] = torch.from_numpy(vectors / (vectors.std() or 1.0))
+        return f"{path}: vectors for {len(found):,} of {len(self.vocabulary) - 1:,} symbols"
 
     def encode(self, value: str | Sequence[str]) -> Arrays:
         """ids [T]; of aligned text also where words end [W]; of word+char, ids [W], characters [C], how many in each
@@ -127,6 +165,26 @@ class Text(Input):
             None if characters is None else vocabulary_from_json(characters),
             aligned=bool(obj["aligned"]),
         )
+
+
+def _vectors(path: Path, size: int) -> Iterator[tuple[str, Array]]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                word, *cells = line.rstrip("\n").rstrip(" ").split(" ")
+                if number == 1 and len(cells) == 1:
+                    continue  # how many, and how long
+                if len(cells) != size:
+                    raise ConfigError(
+                        f"input.vectors: {path}, line {number} has {len(cells)} numbers, the embedding {size}: set "
+                        f"input.embedding={len(cells)}"
+                    )
+                try:
+                    yield word, np.array(cells, np.float32)
+                except ValueError:
+                    raise DataError(f"{path}, line {number}: expected a word and {size} numbers") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read this file: {error.strerror}") from error
 
 
 _SPACE = re.compile(r"\s")
@@ -231,6 +289,48 @@ def _forget(ids: Tensor, share: float, training: bool) -> Tensor:
     if not training or share == 0:
         return ids
     return torch.where(torch.rand(ids.shape, device=ids.device) < share, Vocabulary.unknown, ids)
+
+
+@register
+class NextSymbol(Output):
+    """The symbol that follows, at each step: a language model's output. It is trained on running text, not on examples;
+    there is nothing to learn about it beside the text's own vocabulary."""
+
+    kind: ClassVar[str] = "next-symbol"
+    aligned: ClassVar[bool] = True
+    best = ("nats_per_char", "min")
+
+    @classmethod
+    def learn(cls, values: Iterable[Any], config: Config) -> NextSymbol:
+        return cls()
+
+    def encode(self, value: Any) -> Arrays:
+        return ()
+
+    def writer(self, config: Config, reader: TextReader, core: Core) -> NextWriter:
+        if config.output.tied and reader.table is None:
+            raise ConfigError(
+                f"output.tied: one-hot input has no embedding to share: set input.embedding={core.output_size}"
+            )
+        return NextWriter(
+            core.output_size,
+            reader.symbols,
+            reader.table if config.output.tied else None,
+            backend=config.training.backend,
+        )
+
+    def answer(self, raw: Any) -> Answer:
+        return Answer(raw, str(raw))
+
+    def score(self, config: Config) -> Score:
+        raise ModelError("a language model is measured on running text: see unrolled.evaluation.evaluate")
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any]) -> NextSymbol:
+        return cls()
 
 
 class NextWriter(nn.Module):

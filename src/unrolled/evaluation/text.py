@@ -1,4 +1,4 @@
-"""A model over data -> figures."""
+"""A language model over a text -> figures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from unrolled.data import EncodedText, encode_texts
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds.text import IGNORE
-from unrolled.model import Model
+from unrolled.model import LanguageModel
 from unrolled.progress import Silent, Watcher
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate_text"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(
-    model: Model,
+def evaluate_text(
+    model: LanguageModel,
     texts: str | Path | Sequence[str | Path] | EncodedText,
     *,
     lanes: int = 1,
@@ -110,7 +110,9 @@ def _exp(x: float) -> float:
 
 
 @torch.inference_mode()
-def _cross_entropy(model: Model, text: EncodedText, lanes: int, warm: int, watcher: Watcher) -> tuple[float, int]:
+def _cross_entropy(
+    model: LanguageModel, text: EncodedText, lanes: int, warm: int, watcher: Watcher
+) -> tuple[float, int]:
     """Summed nats and the number of predicted symbols."""
     steps = len(text) - 1
     per_lane = -(-steps // lanes)
