@@ -84,10 +84,11 @@ def _frames(value: Any) -> Iterator[Any]:
         raise DataError(f"expected the path of a video, got {type(value).__name__}")
     path, read = os.fspath(value), 0
     try:
-        file = open(path, "rb")  # noqa: SIM115 - a path given to av could be an address of the network
+        file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     try:
+        # The open file: a path given to av could be an address of the network.
         with file, av.open(file, "r") as film:
             if film.streams.video:
                 stream = film.streams.video[0]
@@ -95,11 +96,9 @@ def _frames(value: Any) -> Iterator[Any]:
                 for frame in film.decode(stream):
                     read += 1
                     yield frame
-    except (av.error.FFmpegError, OSError, ValueError) as error:  # what is no video at all may be any of these
+    except (av.error.FFmpegError, OSError) as error:
         where = f" after frame {read}" if read else ""
-        raise DataError(
-            f"{path}: not a video that can be read{where}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise DataError(f"{path}: not a video that can be read{where}: {error.strerror or error}") from error
     if not read:
         raise DataError(f"{path}: no frames in it: it is no video, or was cut short")
 
