@@ -77,6 +77,10 @@ class Values:
     def __getitem__(self, i: int) -> tuple[Any, Any]:
         return next(iter(self._get([int(self._chosen[i])])))
 
+    def take(self, rows: Sequence[int]) -> list[tuple[Any, Any]]:
+        """The values of some examples, read at once."""
+        return list(self._get(self._chosen[np.asarray(rows, np.int64)].tolist()))
+
     def where(self, i: int) -> str:
         """In which file and line example i stands."""
         return self._where(int(self._chosen[i]))
