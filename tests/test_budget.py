@@ -727,8 +727,8 @@ def test_the_setting_reaches_the_core() -> None:
 def test_the_reference_has_no_budget_setting() -> None:
     with refused(
         ConfigError,
-        "training.tape_budget: backend reference keeps all that autograd does: expected null, or training.backend auto, "
-        "native or tape, got 1000",
+        "training.tape_budget: backend reference keeps all that autograd does: expected null, or training.backend "
+        "auto, native or tape, got 1000",
     ):
         resolve({"training": {"tape_budget": 1000, "backend": "reference"}})
     with refused(ConfigError, "training.tape_budget: expected an integer >= 1 or null, got 0"):
