@@ -279,7 +279,15 @@ class ExampleCourse(Course):
         for name, values in (("encoding", learn), ("encoding validation", held_out)):
             watcher.start(name, len(values))
             parts.append(
-                encode_examples(values, ends, skip_bad=config.data.skip_bad, directory=scratch, progress=watcher.update)
+                encode_examples(
+                    values,
+                    ends,
+                    # A forecast is judged by what follows, which is no target of the steps before.
+                    outputs=values is learn or config.output.kind != "next",
+                    skip_bad=config.data.skip_bad,
+                    directory=scratch,
+                    progress=watcher.update,
+                )
             )
             watcher.stop()
             for bad in parts[-1].bad[:10]:
@@ -335,7 +343,8 @@ class _Told:
         self.ended = False
 
     def __iter__(self) -> Iterator[Any]:
-        for self.number, pair in enumerate(self.values):
+        for pair in self.values:
+            self.number += 1
             if self.number % 256 == 0:
                 self.watcher.update(self.number)
             yield pair[self.side]
