@@ -22,7 +22,17 @@ from unrolled.kinds.contract import Ends, Steps, Targets
 if TYPE_CHECKING:
     from unrolled.config import Config
 
-__all__ = ["Bad", "Batches", "Examples", "Values", "encode_examples", "forecast_values", "read_values", "whole_series"]
+__all__ = [
+    "Bad",
+    "Batches",
+    "Examples",
+    "Values",
+    "encode_examples",
+    "forecast_values",
+    "read_values",
+    "series_values",
+    "whole_series",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -261,6 +271,18 @@ def whole_series(table: Table, config: Config) -> list[Array]:
         table.expect_columns([group])
         return [value for value, _ in _grouped(table, config, inputs, (), group, False)]
     return [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)), inputs)])]
+
+
+def series_values(table: Table, config: Config, *, part: tuple[float, float] = (0.0, 1.0)) -> Values:
+    """The whole series of a table, or a part of each, as both input and output: what both ends learn from."""
+    whole = whole_series(table, config)
+
+    def get(numbers: Sequence[int]) -> Iterator[tuple[Any, Any]]:
+        for number in numbers:
+            begin, end = (round(share * len(whole[number])) for share in part)
+            yield whole[number][begin:end], whole[number][begin:end]
+
+    return Values(len(whole), get, lambda i: table.where(0), f"{table.fingerprint} {part}")
 
 
 def forecast_values(table: Table, config: Config, *, part: tuple[float, float] = (0.0, 1.0)) -> tuple[Values, Values]:
