@@ -538,7 +538,7 @@ def test_pictures_are_named_and_described(tmp_path: Path) -> None:
     )
     assert unrolled.evaluate(model, tmp_path / "captions.tsv")["accuracy"] > 0.9
     (tmp_path / "True5.png").write_bytes(b"no picture")
-    model = unrolled.train(
+    unrolled.train(
         tmp_path / "captions.tsv", tmp_path / "bad", input="image:file", output="label:label", skip_bad=True,
         **{**settings, "steps": 1},
     )  # fmt: skip

@@ -155,8 +155,8 @@ class Input(ABC):
 
     kind: ClassVar[str]
 
-    @classmethod
-    def check(cls, value: Any) -> None:  # noqa: B027 - most kinds refuse nothing
+    @classmethod  # noqa: B027 - most kinds refuse nothing
+    def check(cls, value: Any) -> None:
         """Whether a raw value can be learnt from, for who leaves out those that cannot.
 
         Raises:
@@ -204,8 +204,8 @@ class Output(ABC):
     aligned: ClassVar[bool] = False
     """Whether there is one a step."""
 
-    @classmethod
-    def check(cls, value: Any) -> None:  # noqa: B027 - most kinds refuse nothing
+    @classmethod  # noqa: B027 - most kinds refuse nothing
+    def check(cls, value: Any) -> None:
         """As `Input.check`."""
 
     best: ClassVar[tuple[str, str]]
