@@ -21,14 +21,14 @@ from with_unrolled import Clock
 
 
 def write_table(path: Path, size: int) -> int:
-    """Reviews of random syllables, some 80 bytes a row; how many rows they are."""
+    """Reviews of random syllables, some 570 bytes a row; how many rows they are."""
     random = np.random.default_rng(3)
     letters = np.array([chr(0xAC00 + 7 * k) for k in range(1500)] + [" "] * 400)
     written = rows = 0
     with path.open("wb") as file:
         file.write("document\tlabel\n".encode())
         while written < size:
-            lengths = random.integers(10, 50, min(50_000, 1 + size // 50))
+            lengths = random.integers(20, 400, min(10_000, 1 + size // 500))
             text = random.choice(letters, int(lengths.sum()))
             ends = np.cumsum(lengths).tolist()
             joined = "".join(text.tolist())
