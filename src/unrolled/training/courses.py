@@ -309,7 +309,7 @@ class ExampleCourse(Course):
         self.fingerprints = {"text": parts.learn.fingerprint, "valid": parts.valid.fingerprint}
 
     def updates(self, epoch: int) -> int:
-        return len(self.batches.epoch(epoch))
+        return self.batches.count(epoch)
 
     def loss(self, epoch: int, index: int) -> tuple[Tensor, int]:
         steps, targets = self.parts.learn.batch(self.batches.epoch(epoch)[index].tolist())
