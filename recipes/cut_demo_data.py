@@ -34,7 +34,6 @@ SOURCES = {
     "emoji-captions/captions.tsv": "53a3719c3da4e93816e48e2840d4d8e8766184b0875026add0d0e0e8770bc434",
     "emoji-captions/sheet_noto.png": "be4503bf858bf3900cab58424f4cad94f09a90e305b11ebde350f8b044a59a48",
     "emoji-captions/sheet_twemoji.png": "b8834602b786c07f6f87155dd9bc33cfe6cce207901734bdfaaa38a7879ed16e",
-    "emoji-captions/sheet_openmoji.png": "88aba88868e5e49c63254b1bee49ed02c7e1529493141e6f541c3780a0f16e7a",
     "emoji-captions/sheet_fluent-flat.png": "c6cb94fa33a2d161e10b0c3453209981786291c933850bdcb26051c2790f5d27",
 }
 
@@ -186,7 +185,37 @@ def cut_frames(data: Path, out: Path) -> None:
         write(out / "frames" / f"{name}.csv.xz", table(("clip", "right", "down", "gesture"), lines, ","))
 
 
-CUTS = {"sentiment": cut_sentiment, "translate": cut_translate, "chat": cut_chat, "frames": cut_frames}
+STYLES = ("noto", "twemoji", "fluent-flat")
+GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
+SIDE, ACROSS, SOURCE_SIDE, SOURCE_ACROSS = 32, 32, 48, 48
+
+
+def cut_caption(data: Path, out: Path) -> None:
+    """The emoji of five groups that all three styles have: their names in two languages, and a sheet of pictures for
+    each style, 32 x 32 pixels each (scaled with Lanczos' filter), 32 across, in the order of the names; WebP of quality
+    85."""
+    import PIL.Image
+
+    rows = csv.DictReader(io.StringIO(read(data, "emoji-captions/captions.tsv").decode()), delimiter="\t")
+    kept = [row for row in rows if row["group"] in GROUPS and set(STYLES) <= set(row["has"].split(","))]
+    write(out / "caption" / "names.tsv.xz", table(names := ("emoji", "en", "ko"), [[r[n] for n in names] for r in kept]))
+    for style in STYLES:
+        source = PIL.Image.open(io.BytesIO(read(data, f"emoji-captions/sheet_{style}.png"))).convert("RGB")
+        sheet = PIL.Image.new("RGB", (ACROSS * SIDE, -(-len(kept) // ACROSS) * SIDE), "white")
+        for number, row in enumerate(kept):
+            top, left = (SOURCE_SIDE * place for place in divmod(int(row["index"]), SOURCE_ACROSS))
+            picture = source.crop((left, top, left + SOURCE_SIDE, top + SOURCE_SIDE))
+            down, right = divmod(number, ACROSS)
+            sheet.paste(picture.resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS), (right * SIDE, down * SIDE))
+        path = out / "caption" / f"{style}.webp"
+        sheet.save(path, quality=85, method=6)
+        pixels = np.asarray(PIL.Image.open(path).convert("RGB"))
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        print(f"| `caption/{path.name}` | {path.stat().st_size:,} | {len(kept):,} | `{digest}` (pixels) |")
+
+
+CUTS = {"sentiment": cut_sentiment, "translate": cut_translate, "chat": cut_chat, "frames": cut_frames,
+        "caption": cut_caption}  # fmt: skip
 
 
 def main() -> None:
