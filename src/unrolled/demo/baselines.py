@@ -64,9 +64,7 @@ class NearestNeighbour:
         """What belongs to the most similar text; to the first where no word is known."""
         words = _words(text)
         shared = Counter(number for word in words for number in self._with.get(word, ()))
-        best = max(
-            sorted(shared), key=lambda n: shared[n] / (len(words) + len(self._words[n]) - shared[n]), default=0
-        )
+        best = max(sorted(shared), key=lambda n: shared[n] / (len(words) + len(self._words[n]) - shared[n]), default=0)
         return self._answers[best]
 
 

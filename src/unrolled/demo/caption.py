@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,6 @@ from unrolled.evaluation import evaluate_examples
 from unrolled.kinds import Answer
 from unrolled.kinds.scores import TextScore
 from unrolled.prediction import predict
-
-if TYPE_CHECKING:
-    import PIL.Image
 
 __all__ = ["run"]
 
@@ -43,8 +40,8 @@ def run(road: Road) -> None:
         raise ConfigError("the demo caption reads pictures with Pillow: pip install 'unrolled[image]'") from None
     names = road.rows("names.tsv.xz")
     print(
-        f"{len(names):,} emoji and their Korean names: as Google (Noto) and Microsoft (Fluent) draw them to learn from, "
-        "as Twitter (Twemoji) draws them held out.\nTwemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0."
+        f"{len(names):,} emoji and their Korean names. To learn from: as Google (Noto) and Microsoft (Fluent) draw them; "
+        "held out: as Twitter does.\nTwemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0."
     )
     sheets = {style: _cut(road.data / f"{style}.webp", len(names)) for style in (*_LEARNT, _HELD_OUT)}
     rows = {style: _write(pictures, names, road.out / "pictures", style) for style, pictures in sheets.items()}
@@ -59,7 +56,7 @@ def run(road: Road) -> None:
     usual = most_frequent(row["name"] for row in learn)
     near = _nearest(np.concatenate([sheets[style] for style in _LEARNT]), sheets[_HELD_OUT])
     table = [
-        Row(f"always {usual}", _scores([usual] * len(test), test), must=True),
+        Row("always the most frequent name", _scores([usual] * len(test), test), must=True),
         Row("the picture with the most similar pixels", _scores([learn[i]["name"] for i in near], test)),
         Row(model_name(model), (figures["exact"], figures["chrf"], figures["bleu"])),
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from unrolled.data import encode_texts, split_text
 from unrolled.decoding import generate
-from unrolled.demo.road import DATA, Road, Row, model_name
+from unrolled.demo.road import Road, Row, model_name
 from unrolled.evaluation import evaluate_text
 from unrolled.model import LanguageModel
 from unrolled.ngram import NGram
@@ -25,7 +25,7 @@ _SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 160, "epochs": 2}
 
 def run(road: Road) -> None:
     """Train on Tiny Shakespeare and have it write. It must beat all three baselines, a trigram among them."""
-    text = DATA / "tinyshakespeare.txt.xz"
+    text = road.data.parent / "tinyshakespeare.txt.xz"
     print("Tiny Shakespeare: the first 90 % to learn from, the last 10 % held out.")
     model = road.learn(text, **(_SHORT if road.short else _SETTINGS))
     assert isinstance(model, LanguageModel)

@@ -39,7 +39,7 @@ def run(road: Road) -> None:
     english, korean = [str(row["en"]) for row in learn], [str(row["ko"]) for row in learn]
     near, usual = NearestNeighbour(english, korean), most_frequent(korean)
     rows = [
-        Row(f"always {usual}", _scores([usual] * len(test), test), must=True),
+        Row("always the most frequent translation", _scores([usual] * len(test), test), must=True),
         Row("that of the most similar sentence", _scores([near.answer(row["en"]) for row in test], test)),
         Row(model_name(model), (figures["chrf"], figures["bleu"], figures["exact"])),
     ]
