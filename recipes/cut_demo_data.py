@@ -198,9 +198,8 @@ def cut_caption(data: Path, out: Path) -> None:
 
     rows = csv.DictReader(io.StringIO(read(data, "emoji-captions/captions.tsv").decode()), delimiter="\t")
     kept = [row for row in rows if row["group"] in GROUPS and set(STYLES) <= set(row["has"].split(","))]
-    write(
-        out / "caption" / "names.tsv.xz", table(names := ("emoji", "en", "ko"), [[r[n] for n in names] for r in kept])
-    )
+    columns = ("emoji", "en", "ko")
+    write(out / "caption" / "names.tsv.xz", table(columns, ([row[name] for name in columns] for row in kept)))
     for style in STYLES:
         source = PIL.Image.open(io.BytesIO(read(data, f"emoji-captions/sheet_{style}.png"))).convert("RGB")
         sheet = PIL.Image.new("RGB", (ACROSS * SIDE, -(-len(kept) // ACROSS) * SIDE), "white")

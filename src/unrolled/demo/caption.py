@@ -19,11 +19,11 @@ from unrolled.prediction import predict
 __all__ = ["run"]
 
 _SETTINGS: dict[str, Any] = {
-    "input.size": 32, "input.features": 128, "cell": "gru", "hidden": 192, "layers": 1, "dropout": 0.3,
-    "output.unit": "char", "output.embedding": 96, "batch_size": 32, "lr": 2e-3, "average": 0.99, "epochs": 30,
-    "training.valid_every": 265,
+    "input.size": 32, "input.features": 128, "cell": "gru", "hidden": 192, "layers": 1, "dropout": 0.1,
+    "output.unit": "char", "output.embedding": 96, "batch_size": 32, "lr": 3e-3, "average": 0.99, "warmup": 50,
+    "epochs": 40, "training.valid_every": 240,
 }  # fmt: skip
-_SHORT: dict[str, Any] = {**_SETTINGS, "epochs": 6, "training.valid_every": 106}
+_SHORT: dict[str, Any] = {**_SETTINGS, "epochs": 10, "training.valid_every": 120}
 
 _LEARNT, _HELD_OUT = ("noto", "fluent-flat"), "twemoji"
 _SIDE, _ACROSS = 32, 32
@@ -40,8 +40,8 @@ def run(road: Road) -> None:
         raise ConfigError("the demo caption reads pictures with Pillow: pip install 'unrolled[image]'") from None
     names = road.rows("names.tsv.xz")
     print(
-        f"{len(names):,} emoji and their Korean names. To learn from: as Google (Noto) and Microsoft (Fluent) draw them; "
-        "held out: as Twitter does.\nTwemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0."
+        f"{len(names):,} emoji and their Korean names. To learn from: as Google (Noto) and Microsoft (Fluent) draw "
+        "them; held out: as Twitter does.\nTwemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0."
     )
     sheets = {style: _cut(road.data / f"{style}.webp", len(names)) for style in (*_LEARNT, _HELD_OUT)}
     rows = {style: _write(pictures, names, road.out / "pictures", style) for style, pictures in sheets.items()}

@@ -13,11 +13,11 @@ from unrolled.prediction import predict
 __all__ = ["run"]
 
 _SETTINGS: dict[str, Any] = {
-    "input.unit": "char", "output.unit": "char", "cell": "gru", "hidden": 192, "layers": 1, "dropout": 0.3,
-    "input.embedding": 96, "output.embedding": 96, "bidirectional": True, "attention": "general", "batch_size": 64,
-    "lr": 3e-3, "epochs": 8,
+    "input.unit": "char", "output.unit": "char", "cell": "gru", "hidden": 224, "layers": 1, "dropout": 0.4,
+    "input.embedding": 96, "output.embedding": 96, "bidirectional": True, "attention": "general", "batch_size": 32,
+    "lr": 3e-3, "average": 0.99, "epochs": 8,
 }  # fmt: skip
-_SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 96, "epochs": 2}
+_SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 96, "dropout": 0.3, "batch_size": 64, "epochs": 2}
 
 _OWN = ("안녕", "오늘 너무 피곤해", "배고프다", "여자친구랑 헤어졌어", "주말에 뭐 할까?", "고마워")
 

@@ -14,11 +14,12 @@ from unrolled.prediction import predict
 __all__ = ["run"]
 
 _SETTINGS: dict[str, Any] = {
-    "input.unit": "word", "output.unit": "char", "cell": "gru", "hidden": 192, "layers": 1, "dropout": 0.4,
-    "input.embedding": 128, "output.embedding": 96, "bidirectional": True, "attention": "general",
-    "output.label_smoothing": 0.1, "input.word_dropout": 0.05, "batch_size": 32, "lr": 3e-3, "epochs": 24,
+    "input.unit": "subword", "output.unit": "subword", "input.max_vocabulary": 1200, "output.max_vocabulary": 1200,
+    "input.embedding": 96, "output.embedding": 128, "cell": "gru", "hidden": 224, "layers": 1, "dropout": 0.5,
+    "bidirectional": True, "attention": "general", "output.label_smoothing": 0.1, "batch_size": 32, "lr": 3e-3,
+    "average": 0.99, "epochs": 16,
 }  # fmt: skip
-_SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 96, "epochs": 8}
+_SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 128, "dropout": 0.4, "epochs": 6}
 
 
 def run(road: Road) -> None:
