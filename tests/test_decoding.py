@@ -96,6 +96,34 @@ def by_hand_penalised(scores: list[float], penalty: float, written: list[int]) -
     ]
 
 
+@settings(max_examples=60)
+@given(
+    size=st.sampled_from([1, 2, 7, 300]),
+    rows=st.integers(1, 3),
+    levels=st.integers(1, 4),
+    top_k=st.none() | st.sampled_from([1, 3, 299]),
+    top_p=st.none() | st.sampled_from([0.01, 0.5, 0.99]),
+    penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 99),
+)
+def test_several_rows_at_once_and_equal_scores(
+    size: int, rows: int, levels: int, top_k: int | None, top_p: float | None, penalty: float, seed: int
+) -> None:
+    # Few levels: many scores are equal, of which the first stay. The sums of hundreds may differ in the last digit,
+    # where a symbol more or less stays: the levels of 0.37 keep sums away from top_p.
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (rows, size), generator=generator).double() * 0.37
+    written = torch.randint(size, (rows, 4), generator=generator)
+    sampling = Sampling(penalty, temperature=0.9, top_k=top_k, top_p=top_p)
+    p = next_distribution(scores, sampling, written)
+    for row in range(rows):
+        alone = next_distribution(scores[row], sampling, deque(written[row].tolist()))
+        assert torch.equal(p[row] > 0, alone > 0)
+        assert p[row].tolist() == pytest.approx(alone.tolist(), abs=1e-12)
+        if levels > 1 or top_p is None or size < 300:
+            assert p[row].tolist() == pytest.approx(by_hand(scores[row].tolist(), sampling, written[row].tolist()))
+
+
 def test_some_distributions_to_look_at() -> None:
     log = [math.log(p) for p in (0.5, 0.25, 0.125, 0.125)]
     scores = torch.tensor(log, dtype=torch.float64)

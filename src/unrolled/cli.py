@@ -300,7 +300,7 @@ def predict(
             typer.echo(json.dumps({"output": answer.value, **answer.details}, ensure_ascii=False))
         else:
             for best in answer.details.get("n_best", [{"text": answer.text}]):
-                typer.echo(best["text"])
+                typer.echo(" ".join(best["text"].splitlines()))  # a line out for each in
         sys.stdout.flush()
 
 

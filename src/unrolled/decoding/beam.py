@@ -198,7 +198,7 @@ def _likeliest(
         else:
             value, index = work.topk(count, dim=1)
         ids[some] = index.clamp_max(symbols - 1)  # a tile's padding, of score -inf, has no id
-        total = work.copy_(part).sub_(highest).exp_().sum(dim=1, keepdim=True).double().log() + highest
+        total = torch.sub(part, highest, out=work).exp_().sum(dim=1, keepdim=True).double().log() + highest
         finite &= total.isfinite().all()
         gains[some] = value - total
     if not bool(finite):

@@ -83,14 +83,28 @@ def next_distribution(
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(dim=-1, keepdim=True), 1)
     p = torch.softmax(scores / sampling.temperature, dim=-1)
     if sampling.top_k is not None and sampling.top_k < p.shape[-1]:
-        order = p.sort(dim=-1, descending=True, stable=True).indices  # of equal ones the first stay
-        p.scatter_(-1, order[..., sampling.top_k :], 0)
+        p = _keep_highest(p, p.topk(sampling.top_k, dim=-1).values, sampling.top_k)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = p.sort(dim=-1, descending=True, stable=True)
-        # A symbol goes if those before it reach top_p already, so at least one always stays.
-        before = ordered.cumsum(dim=-1) - ordered
-        p.scatter_(-1, order, ordered.masked_fill(before >= sampling.top_p * p.sum(dim=-1, keepdim=True), 0))
+        wanted = sampling.top_p * p.sum(dim=-1, keepdim=True)
+        # All of a large vocabulary is sorted only where the first few hundred do not reach top_p.
+        for few in (256, p.shape[-1]):
+            ordered = p.topk(min(few, p.shape[-1]), dim=-1).values
+            # A symbol goes if those before it reach top_p already, so at least one always stays.
+            stays = ordered.cumsum(dim=-1) - ordered < wanted
+            if not bool(stays[..., -1].any()):
+                break
+        p = _keep_highest(p, ordered, stays.sum(dim=-1, keepdim=True))
     return p / p.sum(dim=-1, keepdim=True)
+
+
+def _keep_highest(p: Tensor, ordered: Tensor, count: Tensor | int) -> Tensor:
+    """p `[*R V]` with all but each row's `count` highest set to zero, of equal ones the first stay; ordered: the
+    highest ones in their order, at least so many."""
+    at = torch.as_tensor(count, device=p.device).expand(*p.shape[:-1], 1)
+    border = ordered.gather(-1, at - 1)
+    above, level = p > border, p == border
+    room = at - above.sum(dim=-1, keepdim=True)
+    return p.masked_fill(~(above | level & (level.cumsum(dim=-1) <= room)), 0)
 
 
 def draw(p: Float[Tensor, "*R V"], uniform: Float[Tensor, "*R"]) -> Int[Tensor, "*R"]:

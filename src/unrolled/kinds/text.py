@@ -58,8 +58,6 @@ class Text(Input):
         def texts() -> Iterator[str]:
             for value in values:
                 yield "".join(_words(value)) if aligned or not isinstance(value, str) else value
-                # Examples do not run into each other; a line end is never a word's part.
-                yield "\n"
 
         if settings.unit != "word+char":
             vocabulary = build_vocabulary(

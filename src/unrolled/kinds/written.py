@@ -7,7 +7,7 @@ read, symbol V + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
@@ -61,12 +61,8 @@ class Written(Output):
         settings, read = config.output, config.input
         unit = settings.unit or ("char" if read.kind != "text" else "word" if read.unit == "word+char" else read.unit)
 
-        def texts() -> Iterator[str]:
-            for value in values:
-                yield _first(value)
-                yield "\n"  # so that no unit reaches from one text into the next
-
-        return cls(build_vocabulary(unit, texts(), max_size=settings.max_vocabulary, min_count=settings.min_count))
+        texts = (_first(value) for value in values)
+        return cls(build_vocabulary(unit, texts, max_size=settings.max_vocabulary, min_count=settings.min_count))
 
     def encode(self, value: str | Sequence[str]) -> Arrays:
         text = _first(value)

@@ -272,11 +272,8 @@ class ExampleCourse(Course):
         learn, held_out = _parts(table, other, config, watcher)
         if ends is None:
             watcher.start("reading", len(learn))
-            inputs, outputs = INPUTS[config.input.kind], OUTPUTS[config.output.kind]
-            ends = Ends(
-                input or inputs.learn((value for value, _ in _told(learn, watcher)), config),
-                outputs.learn((value for _, value in learn), config),
-            )
+            read = input or _Told(learn, 0, watcher).teach(INPUTS[config.input.kind], config)
+            ends = Ends(read, _Told(learn, 1, watcher).teach(OUTPUTS[config.output.kind], config))
             watcher.stop()
         parts = []
         for name, values in (("encoding", learn), ("encoding validation", held_out)):
@@ -329,12 +326,28 @@ class ExampleCourse(Course):
         )
 
 
-def _told(values: Values, watcher: Watcher) -> Iterator[tuple[Any, Any]]:
-    number = 0
-    for number, pair in enumerate(values):
-        if number % 256 == 0:
-            watcher.update(number)
-        yield pair
+class _Told:
+    """One side of raw values, for a kind to learn from; what it refuses in the midst of them is told with its place."""
+
+    def __init__(self, values: Values, side: int, watcher: Watcher) -> None:
+        self.values, self.side, self.watcher = values, side, watcher
+        self.number = -1
+        self.ended = False
+
+    def __iter__(self) -> Iterator[Any]:
+        for self.number, pair in enumerate(self.values):
+            if self.number % 256 == 0:
+                self.watcher.update(self.number)
+            yield pair[self.side]
+        self.ended = True
+
+    def teach(self, kind: Any, config: Config) -> Any:
+        try:
+            return kind.learn(iter(self), config)
+        except DataError as error:
+            if self.ended or self.number < 0:
+                raise
+            raise DataError(f"{self.values.where(self.number)}: {error}") from None
 
 
 def _parts(table: Table, other: Table | None, config: Config, watcher: Watcher) -> tuple[Values, Values]:

@@ -1,0 +1,430 @@
+"""Every form from a table to a model folder to answers: its name, that it learns, resumes and answers alike."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unrolled
+from unrolled.checkpoints import checkpoint_steps, read_checkpoint
+from unrolled.config import resolve
+from unrolled.decoding import BeamSettings
+from unrolled.errors import ConfigError, DataError, ModelError, TrainingError
+from unrolled.model import form_of
+from unrolled.prediction import Searching, predict
+from unrolled.progress import Silent
+
+GOOD, BAD = ["좋다", "good", "fine", "great", "재미"], ["싫다", "bad", "awful", "poor", "최악"]
+PLAIN = ["the", "a", "film", "story", "was", "and", "very", "much", "영화"]
+
+TINY: dict[str, Any] = {
+    "hidden": 24, "layers": 1, "dropout": 0.0, "lr": 0.02, "warmup": 5, "batch_size": 16, "keep_memory": False,
+    "embedding": 16,
+}  # fmt: skip
+
+
+def rows(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """Reviews with a label, a tag for each word, the words in reverse, and how many there are."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(n):
+        label = draw.randrange(2)
+        words = [draw.choice(PLAIN) for _ in range(draw.randint(1, 5))]
+        words.insert(draw.randint(0, len(words)), draw.choice([BAD, GOOD][label]))
+        tags = ["P" if word in GOOD else "N" if word in BAD else "O" for word in words]
+        made.append({
+            "text": " ".join(words), "label": ["no", "yes"][label], "tags": " ".join(tags),
+            "target": " ".join(words[::-1]), "number": str(len(words)),
+        })  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Lines(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+FORMS = {
+    "label": ({"output": "label"}, {"unit": "word", "epochs": 4}, "accuracy", 0.95),
+    "pooled": ({"output": "label"}, {"unit": "word", "epochs": 4, "pooling": "max", "bidirectional": True},
+               "accuracy", 0.95),
+    "labels": ({"output": "labels:tags"}, {"unit": "word+char", "epochs": 4}, "accuracy", 0.97),
+    "labels of characters": ({"output": "labels:tags"}, {"unit": "char", "epochs": 8, "hidden": 32}, "accuracy", 0.9),
+    "number": ({"output": "number"}, {"unit": "word", "epochs": 12, "cell": "gru"}, "r2", 0.8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_learn(name: str, tmp_path: Path) -> None:
+    ends, settings, figure, enough = FORMS[name]
+    model = unrolled.train(rows(400), tmp_path / "m", input="text:text", **ends, **{**TINY, **settings})
+    figures = unrolled.evaluate(model, rows(100, seed=1))
+    assert figures[figure] > enough, figures
+    assert figures["examples"] == 100
+
+
+def test_reversing_a_sentence_takes_attention(tmp_path: Path) -> None:
+    settings = {**TINY, "unit": "word", "epochs": 25, "cell": "gru", "hidden": 48, "output.embedding": 32, "lr": 0.01}
+    train, test = rows(600), rows(60, seed=1)
+    scores = {}
+    for attention in ("dot", "none"):
+        model = unrolled.train(
+            train, tmp_path / attention, input="text:text", output="text:target", attention=attention, **settings
+        )
+        scores[attention] = unrolled.evaluate(model, test)["exact"]
+    assert scores["dot"] > 0.6, scores
+    assert scores["dot"] > scores["none"] + 0.2, scores
+
+
+# --------------------------------------------------------------------------------------------- the name of a form
+
+
+@pytest.mark.parametrize(
+    "given, asked, more, name",
+    [
+        ("text", "next", {}, "text -> next: many-to-many, aligned, autoregressive (language model)"),
+        ("series", "next", {}, "series -> next: many-to-many, aligned, autoregressive (forecasting)"),
+        ("text", "label", {}, "text -> label: many-to-one (sentiment)"),
+        ("video", "label", {}, "video -> label: many-to-one (activity)"),
+        ("series", "number", {}, "series -> number: many-to-one (regression)"),
+        ("image", "label", {}, "image -> label: one-to-one (picture classification)"),
+        ("vector", "number", {}, "vector -> number: one-to-one (regression)"),
+        ("image", "text", {}, "image -> text: one-to-many (captioning)"),
+        ("vector", "text", {}, "vector -> text: one-to-many (captioning)"),
+        ("text", "labels", {}, "text -> labels: many-to-many, aligned, no delay (tagging)"),
+        ("text", "labels", {"core": {"bidirectional": True}},
+         "text -> labels: many-to-many, aligned, both directions (tagging)"),
+        ("video", "labels", {}, "video -> labels: many-to-many, aligned, no delay (frame-level video)"),
+        ("text", "text", {}, "text -> text: many-to-many, encoder-decoder with dot attention (translation, chatbot)"),
+        ("text", "text", {"output": {"attention": "none"}},
+         "text -> text: many-to-many, encoder-decoder without attention (translation, chatbot)"),
+        ("image", "label", {"input": {"rows": True}}, "image -> label: many-to-one (picture classification)"),
+    ],
+)  # fmt: skip
+def test_the_form_has_the_notes_name(given: str, asked: str, more: dict[str, Any], name: str) -> None:
+    assert str(form_of(resolve({"input": {"kind": given}, "output": {"kind": asked}}, more))) == name
+
+
+@pytest.mark.parametrize(
+    "given, asked", [("image", "next"), ("vector", "labels"), ("image", "numbers"), ("video", "next")]
+)
+def test_ends_without_a_form_are_refused(given: str, asked: str) -> None:
+    with pytest.raises(ConfigError, match=r"output\.kind: "):
+        form_of(resolve({"input": {"kind": given}, "output": {"kind": asked}}))
+
+
+def test_the_first_line_of_a_training_names_the_form_and_the_split_is_told(tmp_path: Path) -> None:
+    watcher = Lines()
+    unrolled.train(rows(50), tmp_path / "m", input="text", output="label", watcher=watcher, **{**TINY, "steps": 2})
+    assert "5 of 50 examples, drawn at random, are held out" in watcher.said[0]
+    assert watcher.said[1] == "text -> label: many-to-one (sentiment)"
+
+
+# ------------------------------------------------------------------------------------------------------- law 7
+
+
+@pytest.mark.parametrize("output", ["label", "text:target", "labels:tags"])
+def test_resumed_is_never_interrupted(output: str, tmp_path: Path) -> None:
+    """Weights, optimiser, order of examples and dropout go on bit for bit, over the end of an epoch too."""
+    settings = {**TINY, "unit": "word", "dropout": 0.3, "batch_size": 8, "max_tokens": 60, "average": 0.9}
+    settings["scheduled_sampling"] = 0.3 if output.startswith("text") else 0.0
+    data = rows(60)
+
+    def train(out: str, steps: int, **more: Any) -> None:
+        more = {**settings, "steps": steps, "schedule": "constant", "save_every": 1, **more}
+        unrolled.train(data, tmp_path / out, input="text", output=output, **more)
+
+    train("whole", 13)
+    train("parts", 4)
+    train("parts", 10, resume=True)
+    train("parts", 13, resume=True)
+    last = [read_checkpoint(tmp_path / name, checkpoint_steps(tmp_path / name)[-1]) for name in ("whole", "parts")]
+    assert last[0].tensors.keys() == last[1].tensors.keys()
+    for name, tensor in last[0].tensors.items():
+        assert torch.equal(tensor, last[1].tensors[name]), name
+    with pytest.raises(TrainingError, match="the training text is not the one"):
+        unrolled.train(data[:-1], tmp_path / "parts", input="text", output=output, resume=True, steps=20)
+
+
+def test_a_saved_model_answers_the_same(tmp_path: Path) -> None:
+    model = unrolled.train(rows(40), tmp_path / "m", input="text", output="labels:tags", **{**TINY, "steps": 3})
+    unrolled.save(model, tmp_path / "copy")
+    texts = ["a good film", "싫다"]
+    answers = [
+        list(predict(m, texts)) for m in (model, unrolled.load(tmp_path / "m"), unrolled.load(tmp_path / "copy"))
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+# ------------------------------------------------------------------------------------------------------- answers
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One of each output over text, barely trained."""
+    folder = tmp_path_factory.mktemp("models")
+    outputs = {"label": "label", "labels": "labels:tags", "number": "number", "text": "text:target"}
+    return {
+        name: unrolled.train(rows(60), folder / name, input="text", output=output, unit="word", **{**TINY, "steps": 20})
+        for name, output in outputs.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["label", "labels", "number", "text"])
+def test_answers_do_not_depend_on_the_batch(kind: str, models: dict[str, Any]) -> None:
+    """Law 9, and 2: in the order of the inputs, the same one by one."""
+    texts = [row["text"] for row in rows(33, seed=5)]
+    together = [answer.value for answer in predict(models[kind], texts, batch_size=16)]
+    alone = [answer.value for text in texts for answer in predict(models[kind], [text])]
+    if kind == "number":
+        assert together == pytest.approx(alone, rel=1e-5)
+    else:
+        assert together == alone
+
+
+def test_beam_one_is_greedy_and_its_score_the_models_own(models: dict[str, Any]) -> None:
+    model = models["text"]
+    (answer,) = predict(model, ["a good film"], searching=Searching(BeamSettings(beam=1)))
+    example = [{"text": "a good film", "target": answer.text}]
+    figures = unrolled.evaluate(model, example)
+    steps = len(answer.text.split()) + 1
+    assert -figures["loss"] * steps == pytest.approx(answer.details["log_probability"], rel=1e-4)
+
+
+def test_n_best_are_different_and_sorted(models: dict[str, Any]) -> None:
+    (answer,) = predict(models["text"], ["a good film"], searching=Searching(BeamSettings(beam=6, n_best=4)))
+    best = answer.details["n_best"]
+    assert len({b["text"] for b in best}) == 4
+    assert [b["score"] for b in best] == sorted((b["score"] for b in best), reverse=True)
+    assert answer.text == best[0]["text"]
+
+
+def test_unknown_words_are_copied_from_the_source(models: dict[str, Any]) -> None:
+    model = models["text"]
+    with torch.no_grad():
+        model.writer.bias[0] += 50  # it writes nothing but <unk>
+    try:
+        searching = Searching(BeamSettings(beam=2, max_length=4), replace_unknown=True)
+        (answer,) = predict(model, ["good zzz"], searching=searching)
+    finally:
+        with torch.no_grad():
+            model.writer.bias[0] -= 50
+    assert set(answer.text.split()) <= {"good", "zzz"}
+    assert answer.text
+
+
+# ----------------------------------------------------------------------------------------------- the command line
+
+
+def run(*arguments: object, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "unrolled", *map(str, arguments)]
+    return subprocess.run(command, input=given, capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reviews as a TSV file, and a classifier `m` and a translator `t` trained on it by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    names = list(rows(1)[0])
+    for name, made in (("train.tsv", rows(80)), ("test.tsv", rows(20, seed=2))):
+        lines = ["\t".join(names), *("\t".join(row.values()) for row in made)]
+        (folder / name).write_text("\n".join(lines) + "\n", "utf-8")
+    flags = ["--unit", "word", "--hidden", 16, "--layers", 1, "--embedding", 8, "--steps", 12, "--batch-size", 8]
+    done = run(
+        "train", folder / "train.tsv", "--input", "text:text", "--output", "label:label", "--out", folder / "m", *flags
+    )
+    assert done.returncode == 0, done.stderr
+    assert "text -> label: many-to-one" in done.stderr
+    assert "now try: unrolled predict" in done.stderr
+    done = run(
+        "train", folder / "train.tsv", "--input", "text:text", "--output", "text:target", "--out", folder / "t", *flags
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_evaluate_prints_figures_or_json(folder: Path) -> None:
+    figures = json.loads(run("evaluate", folder / "m", folder / "test.tsv", "--json").stdout)
+    assert {"accuracy", "macro_f1", "micro_f1", "examples", "loss", "confusion", "seconds"} <= set(figures)
+    assert figures["examples"] == 20
+    shown = run("evaluate", folder / "m", folder / "test.tsv").stdout
+    assert f"{figures['accuracy']:.4f}" in shown
+    assert "yes" in shown, "the confusion table names the labels"
+    figures = json.loads(run("evaluate", folder / "t", folder / "test.tsv", "--json").stdout)
+    assert {"bleu", "chrf", "perplexity", "signature", "examples"} <= set(figures)
+
+
+def test_predict_takes_texts_files_and_lines(folder: Path) -> None:
+    texts = ["a good film", "최악", "very very bad"]
+    (folder / "texts.txt").write_text("\n".join(texts) + "\n", "utf-8")
+    by_argument = run("predict", folder / "m", *texts)
+    assert by_argument.returncode == 0, by_argument.stderr
+    lines = by_argument.stdout.splitlines()
+    assert len(lines) == 3
+    assert set(lines) <= {"yes", "no"}
+    assert run("predict", folder / "m", folder / "texts.txt").stdout.splitlines() == lines
+    assert run("predict", folder / "m", given="\n".join(texts) + "\n").stdout.splitlines() == lines
+    assert len(run("predict", folder / "m", folder / "test.tsv").stdout.splitlines()) == 20
+    objects = [json.loads(line) for line in run("predict", folder / "m", *texts, "--json").stdout.splitlines()]
+    assert [o["output"] for o in objects] == lines
+    assert all(sum(o["scores"].values()) == pytest.approx(1) for o in objects)
+    n_best = run("predict", folder / "t", "a good film", "--beam", 4, "--n-best", 3).stdout.splitlines()
+    assert len(n_best) == 3
+
+
+MISTAKES = {
+    "a missing column": (["train", "train.tsv", "--input", "text:txet", "--output", "label", "--out", "x"],
+                         "did you mean 'text'"),
+    "an unknown kind": (["train", "train.tsv", "--input", "txt", "--output", "label", "--out", "x"],
+                        "--input: unknown kind 'txt': did you mean 'text'"),
+    "an empty cell": (["train", "empty.tsv", "--input", "text", "--output", "label", "--out", "x"],
+                      "empty.tsv, line 3: the text is empty"),
+    "an empty label": (["train", "nolabel.tsv", "--input", "text", "--output", "label", "--out", "x"],
+                       "nolabel.tsv, line 3: the label is empty"),
+    "one class only": (["train", "one.tsv", "--input", "text", "--output", "label", "--out", "x"],
+                       "expected at least two different ones in the training part, got only one, 'yes'"),
+    "tags of another length": (["train", "tags.tsv", "--input", "text", "--output", "labels:tags", "--out", "x"],
+                               "tags.tsv, line 3: expected an output for each of the 2 steps, got 1"),
+    "a number that is none": (["train", "numbers.tsv", "--input", "text", "--output", "number", "--out", "x"],
+                              "expected a number, got '"),
+    "ends without a form": (["train", "train.tsv", "--input", "vector", "--output", "labels", "--out", "x"],
+                            "a vector is one step"),
+    "another form for generate": (["generate", "m"], "this model is text -> label: many-to-one"),
+    "no beam": (["predict", "t", "good", "--beam", "0"], "beam: expected at least 1"),
+    "an empty source sentence": (["predict", "t", ""], "input 1: the text is empty"),
+    "nothing but unknown words": (["predict", "t", "qqq www"], "only symbols that the model never saw"),
+    "a missing file": (["train", "nowhere.tsv", "--input", "text", "--output", "label", "--out", "x"], "nowhere.tsv"),
+    "evaluate without the output": (["evaluate", "m", "texts-only.tsv"], "label"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("empty.tsv").write_text("text\tlabel\na\tyes\n\tno\nb\tno\nc\tyes\n" * 1)
+    Path("nolabel.tsv").write_text("text\tlabel\na\tyes\nb\t\nb\tno\nc\tyes\n")
+    Path("one.tsv").write_text("text\tlabel\na\tyes\nb\tyes\nc\tyes\n")
+    Path("tags.tsv").write_text("text\ttags\na b\tO O\na b\tO\nc\tX\n")
+    Path("numbers.tsv").write_text("text\tnumber\na\t1\nb\t2\nc\tX\nd\tY\n")
+    Path("texts-only.tsv").write_text("text\tother\na b\tO O\na b\tO\nc\tX\n")
+    arguments, said = MISTAKES[name]
+    done = run(*arguments, *(["--set", "data.valid_fraction=0.3"] if arguments[0] == "train" else []))
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert said in line
+    assert "Traceback" not in done.stderr
+    assert not Path("x").exists(), "nothing half written"
+
+
+def test_labels_never_seen_in_training_are_counted_and_named(folder: Path) -> None:
+    (folder / "other.tsv").write_text("text\tlabel\ngood\tyes\nbad\tmaybe\n", "utf-8")
+    figures = json.loads(run("evaluate", folder / "m", folder / "other.tsv", "--json").stdout)
+    assert figures["unseen"] == 1
+    assert figures["unseen_labels"] == {"maybe": 1}
+
+
+def test_bad_examples_are_skipped_if_asked(folder: Path, tmp_path: Path) -> None:
+    (folder / "holes.tsv").write_text("text\tlabel\n" + "good\tyes\nbad\tno\n" * 20 + "\tyes\n", "utf-8")
+    flags = ["--hidden", 8, "--layers", 1, "--steps", 2, "--out", tmp_path / "m", "--skip-bad"]
+    done = run("train", folder / "holes.tsv", "--input", "text", "--output", "label", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "holes.tsv, line 42: the text is empty" in done.stderr
+
+
+def test_a_language_model_does_not_predict_labels(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat.\n" * 60)
+    model = unrolled.train(text, tmp_path / "m", hidden=8, layers=1, window=8, batch_size=4, steps=2, keep_memory=False)
+    with pytest.raises(ModelError, match="this is a language model"):
+        list(predict(model, ["a"]))
+
+
+def test_a_language_model_can_be_the_start_of_a_classifier(tmp_path: Path) -> None:
+    """`--init-from`: reader and core are its own, the writer is new."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(row["text"] + "\n" for row in rows(200)), "utf-8")
+    settings = {"hidden": 16, "layers": 1, "embedding": 8, "keep_memory": False}
+    first = unrolled.train(text, tmp_path / "lm", window=8, batch_size=4, steps=5, **settings)
+    second = unrolled.train(
+        rows(40), tmp_path / "m", input="text", output="label", init_from=str(tmp_path / "lm"), lr=1e-30, steps=1,
+        keep_memory=False,
+    )  # fmt: skip
+    theirs, ours = dict(first.named_parameters()), dict(second.named_parameters())
+    for name in ours:
+        if name.startswith(("reader.", "core.")):
+            assert torch.equal(ours[name], theirs[name]), name
+    assert second.config.core.hidden == 16
+
+
+def test_word_vectors_are_read_where_words_have_one(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.txt"
+    path.write_text("3 4\ngood 1 2 3 4\nBad 4 3 2 1\nnowhere 0 0 0 1\n")
+    watcher = Lines()
+    model = unrolled.train(
+        rows(60), tmp_path / "m", input="text", output="label", unit="word", vectors=str(path), watcher=watcher,
+        **{**TINY, "embedding": 4, "lr": 1e-30, "steps": 1},
+    )  # fmt: skip
+    table, vocabulary = model.reader.table, model.ends.input.vocabulary
+    number = int(vocabulary.encode("good")[0])
+    scaled = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.nn.functional.cosine_similarity(table[number], scaled, dim=0) > 0.9999
+    assert any("vectors for" in line for line in watcher.said)
+    with pytest.raises(ConfigError, match=r"set input\.embedding=4"):
+        unrolled.train(
+            rows(60),
+            tmp_path / "n",
+            input="text",
+            output="label",
+            unit="word",
+            vectors=str(path),
+            **{**TINY, "steps": 1},
+        )
+
+
+def test_data_from_python_may_be_any_iterable(tmp_path: Path) -> None:
+    class Dataset:
+        """As Hugging Face's."""
+
+        def __init__(self, made: list[dict[str, str]]) -> None:
+            self.made = made
+            self.column_names = list(made[0])
+
+        def __len__(self) -> int:
+            return len(self.made)
+
+        def __getitem__(self, i: Any) -> Any:
+            if isinstance(i, slice):
+                return {name: [row[name] for row in self.made[i]] for name in self.column_names}
+            return self.made[i]
+
+    weights = []
+    for k, data in enumerate((rows(30), iter(rows(30)), Dataset(rows(30)))):
+        model = unrolled.train(data, tmp_path / str(k), input="text", output="label", **{**TINY, "steps": 2})
+        weights.append([p.clone() for p in model.parameters()])
+    for other in weights[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights[0], other, strict=True))
+
+
+def test_an_empty_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        unrolled.train([], tmp_path / "m", input="text", output="label")
