@@ -141,18 +141,22 @@ def run(
             path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print()
     for name, model in result["models"].items():
-        figures = ", ".join(f"{figure} {told(model['evaluation'], figure)}" for figure in recipe["figures"])
-        print(f"{name}: {figures}; trained {model['train_seconds']:,.0f} s")
+        print(f"{name}: {told(model['evaluation'], recipe['figures'])}; trained {model['train_seconds']:,.0f} s")
     print(f"written: {path}")
     return result
 
 
-def told(evaluation: dict[str, Any], figure: str) -> str:
-    """One of the evaluation's figures, as people read it."""
-    value: Any = evaluation
-    for key in figure.split("."):
-        value = value[key]
-    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+def told(evaluation: dict[str, Any], names: Sequence[str]) -> str:
+    """Of the evaluation's figures those with these names, as people read them; not all models have all."""
+    parts = []
+    for name in names:
+        value: Any = evaluation
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            parts.append(f"{name} {shown}")
+    return ", ".join(parts)
 
 
 def train_and_evaluate(model: Path, train: list[str], evaluate: list[str], more: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -74,7 +75,8 @@ def prepared(name: str, data: Path, out: Path) -> dict[str, str]:
 def write_packed(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(lzma.compress(text.encode()))
+        pack = lzma.compress if name.endswith(".xz") else gzip.compress
+        (folder / name).write_bytes(pack(text.encode()))
 
 
 def test_shipped_text_is_the_recipes_data(tmp_path: Path) -> None:
@@ -97,6 +99,13 @@ def test_chapters_are_held_out_whole(tmp_path: Path) -> None:
     assert sorted(train + valid) == sorted(refs)
     assert {ref.split(":")[0] for ref in train}.isdisjoint({ref.split(":")[0] for ref in valid})
     assert 0 < len(valid) < len(refs) / 3
+
+
+@pytest.mark.parametrize("name", ["english-tags", "korean-tags"])
+def test_tags_are_unpacked(name: str, tmp_path: Path) -> None:
+    parts = {part: f"{part}\tNOUN\tNN\n.\tPUNCT\t.\n\n나\tPRON\tNP\n\n" for part in ("train", "dev", "test")}
+    write_packed(tmp_path, {f"{part}.tsv.xz": text for part, text in parts.items()})
+    assert prepared(name, tmp_path, tmp_path / "out") == {f"{part}.conll": parts[part] for part in sorted(parts)}
 
 
 @pytest.fixture
@@ -211,5 +220,5 @@ def test_a_command_that_fails_is_told(
 
 def test_figures_within_figures_are_told() -> None:
     evaluation = {"accuracy": 0.94947, "examples": 25094, "naive": {"mase": 1.0}, "r2": None}
-    told = [runner.told(evaluation, name) for name in ("accuracy", "examples", "naive.mase", "r2")]
-    assert told == ["0.9495", "25,094", "1.0000", "None"]
+    told = runner.told(evaluation, ["accuracy", "examples", "naive.mase", "r2", "bleu"])
+    assert told == "accuracy 0.9495, examples 25,094, naive.mase 1.0000"
