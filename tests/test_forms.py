@@ -428,3 +428,34 @@ def test_data_from_python_may_be_any_iterable(tmp_path: Path) -> None:
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         unrolled.train([], tmp_path / "m", input="text", output="label")
+
+
+@pytest.mark.parametrize("unit", ["word", "char", "word+char"])
+def test_labels_stream_with_no_delay(unit: str, tmp_path: Path) -> None:
+    """Law 1: fed step by step, a model gives at each step what it gives to the whole, at once."""
+    settings = {**TINY, "unit": unit, "steps": 5, "layers": 2}
+    model = unrolled.train(rows(40), tmp_path / "m", input="text", output="labels:tags", **settings)
+    text = model.ends.input
+    steps = text.collate([text.encode(value) for value in ("a good film", "싫다 very much 영화")])
+    state, streamed = model.begin(batch=2), []
+    with torch.inference_mode():
+        for t in range(int(steps.lengths.max())):
+            grids = [x[t : t + 1] for x in steps.tensors[: 2 if unit == "word+char" else 1]]
+            one = steps._replace(tensors=(*grids, *steps.tensors[len(grids) :]), ends=None, words=None)
+            scores, state = model.step(one, state)
+            streamed.append(scores)
+        hidden = model.core(model.reader(*steps.tensors), lengths=steps.lengths).outputs
+        whole = model.writer.at(hidden)
+    for b, length in enumerate(steps.lengths.tolist()):
+        assert torch.equal(torch.stack(streamed)[:length, b], whole[:length, b])
+
+
+def test_what_needs_the_future_cannot_stream(tmp_path: Path) -> None:
+    settings = {**TINY, "steps": 1, "bidirectional": True}
+    model = unrolled.train(rows(40), tmp_path / "m", input="text", output="labels:tags", **settings)
+    text = model.ends.input
+    with pytest.raises(ModelError, match="bidirectional core needs the whole sequence"):
+        model.step(text.collate([text.encode("a")]), model.begin())
+    model = unrolled.train(rows(40), tmp_path / "n", input="text", output="label", **{**TINY, "steps": 1})
+    with pytest.raises(ModelError, match="one answer to the whole input"):
+        model.begin()

@@ -39,7 +39,8 @@ _EXTENSIONS = {
     ".conll": "conll",
 }
 _PARTED = {
-    "tsv": "cells are parted by tabs, and quotes are letters like others",
+    "tsv": "cells are parted by tabs, and quotes are letters like others (a file of tokens and tags, with blank lines"
+    " between sentences, is of the format conll)",
     "csv": "cells are parted by commas, and a cell that holds a comma, a quote or a line end stands in quotes",
 }
 
@@ -227,9 +228,6 @@ def _open_cells(
     path: Path, rows: Iterator[tuple[int, list[str]]], settings: Settings, parted: str
 ) -> tuple[tuple[str, ...], Iterator[_Row]]:
     """Columns and rows of a file of cells. What its first row is, `open_table` says."""
-    count = 1
-    # A blank line is no row, unless rows have one cell.
-    rows = ((place, cells) for place, cells in rows if cells != [""] or count == 1)
     start, first = next(((place, cells) for place, cells in rows if cells != [""]), (0, []))
     if not first:
         return (), iter(())
@@ -246,21 +244,30 @@ def _open_cells(
     columns = _expect_names(f"{path}, line {start}", settings.columns or names, count)
 
     def counted() -> Iterator[_Row]:
+        blank = 0
         for place, cells in rows if header else chain([(start, first)], rows):
-            if len(cells) != count:
+            if cells == [""] and count > 1:
+                blank = blank or place  # no row, if no row comes after it
+            elif blank or len(cells) != count:
                 raise DataError(
-                    f"{path}, line {place}: expected {count} cells as in line {start}, got {len(cells)}: {parted}"
+                    f"{path}, line {blank or place}: expected {_counted(count)} as in line {start}, got"
+                    f" {'a blank line' if blank else _counted(len(cells))}: {parted}"
                 )
-            yield place, cells
+            else:
+                yield place, cells
 
     return columns, counted()
+
+
+def _counted(cells: int) -> str:
+    return "1 cell" if cells == 1 else f"{cells} cells"
 
 
 def _expect_names(where: str, names: Sequence[str], count: int) -> tuple[str, ...]:
     """`names`, which must be one for each of `count` cells, and each another."""
     if len(names) != count:
         raise DataError(
-            f"{where}: expected {len(names)} cells, for the columns {shown(names)}, got {count}: give as many columns"
+            f"{where}: expected {_counted(len(names))}, for the columns {shown(names)}, got {count}: give as many names"
         )
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -426,7 +433,7 @@ def _open_conll(path: Path, lines: _Lines, columns: tuple[str, ...] | None) -> t
             for number, line in sentence:
                 # `# O`, parted by a space, is a token and its tag; with tabs no token begins so.
                 comment = not tokens and re.match("#+ ", line)
-                if comment and (tabs or not first or len(split(line)) != count):
+                if comment and (tabs or len(split(line)) != count):
                     continue
                 if not first:
                     tabs = "\t" in line
@@ -439,8 +446,9 @@ def _open_conll(path: Path, lines: _Lines, columns: tuple[str, ...] | None) -> t
                 cells = split(line)
                 if len(cells) != count:
                     raise DataError(
-                        f"{path}, line {number}: expected {count} cells as in line {first}, got {len(cells)}:"
-                        f" {'tabs' if tabs else 'spaces'} part them, and a blank line parts sentences"
+                        f"{path}, line {number}: expected {_counted(count)} as in line {first}, got"
+                        f" {_counted(len(cells))}: {'tabs' if tabs else 'spaces'} part them, and a blank line parts"
+                        " sentences"
                     )
                 place = place or number
                 tokens.append(cells)
@@ -473,6 +481,8 @@ def _open_parquet(
                 f"{path}: column '{name}': expected text, numbers or lists of them, got {field.type}: write the file"
                 " without it, or ask only for the columns that are wanted"
             )
+    if not kept:
+        raise DataError(f"{path}: expected columns of text, numbers or lists of them, got none: write some into it")
     return tuple(kept), _parquet_batches(path, kept, progress)
 
 

@@ -195,8 +195,9 @@ def open_table(
       then called `1`, `2`, ...;
     - is the header otherwise.
 
-    A column whose name is empty in the header is called by its number. Blank lines are no rows in files of two and more
-    columns; in files of one they are, after the first line that is not blank, and in text always.
+    A column whose name is empty in the header is called by its number. In a tsv or csv file of one column a blank line
+    is a row, and in one of more columns an error, unless it is among the first or last of the file; in text it always
+    is a row.
 
     Args:
         paths: one or more files.
@@ -225,6 +226,8 @@ def open_table(
             raise ConfigError(f"{name}: expected a list of names, got the text '{names}': give ['{names}']")
     settings = Settings(format, tuple(columns) if columns else None, header, tuple(wanted), errors)
     files = [_expect_file(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not files:
+        raise ConfigError("paths: expected one file at least, got none")
     tell = _Progress(progress)
 
     def sources() -> Iterator[Rows]:
@@ -407,11 +410,14 @@ def _schema(batch: Batch) -> pa.Schema:
 def _array(source: Rows, batch: Batch, at: int, type_: pa.DataType) -> pa.Array:
     """A column of a batch as `type_`, which is text or list of texts."""
     cells = batch.columns[at]
+    if isinstance(cells, pa.Array) and cells.type != type_:
+        cells = cells.to_pylist()
     try:
         if isinstance(cells, pa.Array):
-            array = cells.cast(type_)
+            array = cells
         elif pa.types.is_list(type_):
-            array = pa.array([cell or [] for cell in cells], type_)
+            # Checked here, since Arrow takes a text for the list of its letters.
+            array = pa.array([cell or [] for cell in cells], type_) if _are_lists(cells) else None
         else:
             array = pa.array(cells, type_)
     except (pa.ArrowException, TypeError, UnicodeEncodeError):
@@ -423,6 +429,10 @@ def _array(source: Rows, batch: Batch, at: int, type_: pa.DataType) -> pa.Array:
         if fault:
             raise DataError(f"{source.place(place)}: column '{source.columns[at]}': {fault}")
     raise AssertionError(f"{source.name}: column '{source.columns[at]}' was refused, and no cell of it is at fault")
+
+
+def _are_lists(cells: Iterable[Cell]) -> bool:
+    return all(isinstance(cell, list) or cell == "" for cell in cells)
 
 
 def _fault(cell: Cell, is_list: bool) -> str:

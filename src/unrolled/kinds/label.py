@@ -190,6 +190,10 @@ class LabelsWriter(Writer):
         mask = real(steps.aligned, len(hidden), hidden.device)
         return self.classes.loss(hidden[mask], targets.tensors[0][: len(hidden)][mask])
 
+    def at(self, hidden: Float[Tensor, "B H"]) -> Float[Tensor, "B C"]:
+        """The scores at one step."""
+        return self.classes(hidden)  # type: ignore[no-any-return]
+
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         hidden = aligned(run(read(), lengths=steps.lengths).outputs, steps)
         best = torch.softmax(self.classes(hidden).float(), -1).max(-1)  # of all rows at once: small operations are slow

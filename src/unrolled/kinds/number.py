@@ -18,6 +18,8 @@ from unrolled.kinds.pooling import Pooling
 from unrolled.kinds.scores import NumberScore
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from unrolled.config import Config
     from unrolled.nn import Core
 
@@ -188,6 +190,10 @@ class NumberWriter(Writer):
             mask = real(steps.aligned, len(hidden), hidden.device)
             found, wanted = self.linear(hidden[mask]), wanted[: len(hidden)][mask]
         return Loss(F.huber_loss(found.float(), wanted, reduction="sum"), wanted.numel())
+
+    def at(self, hidden: Float[Tensor, "B H"]) -> Float[Tensor, "B F"]:
+        """The scaled numbers at one step."""
+        return self.linear(hidden)  # type: ignore[no-any-return]
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         if self.pooling is not None:

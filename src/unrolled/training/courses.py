@@ -335,7 +335,8 @@ class _Told:
         self.ended = False
 
     def __iter__(self) -> Iterator[Any]:
-        for self.number, pair in enumerate(self.values):
+        for pair in self.values:
+            self.number += 1
             if self.number % 256 == 0:
                 self.watcher.update(self.number)
             yield pair[self.side]

@@ -101,9 +101,10 @@ class Training:
         with _stop_requests() as stop_requested:
             try:
                 while at.step < self.total and not self._out_of_patience():
+                    began = time.monotonic()
                     loss, units, norm, rate = self._update()
-                    recent.add(loss, units)
                     now = time.monotonic()
+                    recent.add(loss, units, now - began)
                     at.seconds += now - last
                     last = now
                     watcher.update(at.step, recent.note())
