@@ -654,10 +654,10 @@ def _settings() -> Iterable[Setting]:
 def _expected(schema: Mapping[str, Any]) -> str:
     """In words what a JSON schema allows: `an integer >= 1 or null`."""
     if "anyOf" in schema:
-        words = [_expected(member) for member in schema["anyOf"]]
-        if len(words) == 2 and " or " in words[0]:  # a list of words, or null
-            return f"{words[0].replace(' or ', ', ')} or {words[1]}"
-        return " or ".join(words)
+        parts = [_expected(member) for member in schema["anyOf"]]
+        if len(parts) == 2 and " or " in parts[0]:  # a list of words, or null
+            return f"{parts[0].replace(' or ', ', ')} or {parts[1]}"
+        return " or ".join(parts)
     if "enum" in schema:
         *most, last = schema["enum"]
         return f"{', '.join(most)} or {last}"

@@ -143,6 +143,12 @@ class ExampleModel(Model):
         loss: Loss = self.writer.loss(lambda: self._read(steps), _Run(self.core), steps, targets)
         return loss
 
+    def scores(self, steps: Steps, targets: Targets | None = None) -> Tensor:
+        """What comes out at each step, before anything is chosen, `[U B V]`; U = 1 where there is one for all. Of text
+        that is written, `targets` are the words that are read on the way."""
+        scores: Tensor = self.writer.scores(lambda: self._read(steps), _Run(self.core), steps, targets)
+        return scores
+
     def answer(self, steps: Steps) -> list[Answer]:
         """What the model says about each input of a batch; not for text, which is searched for."""
         raw = self.writer.answer(lambda: self._read(steps), _Run(self.core), steps)
@@ -181,10 +187,9 @@ class ExampleModel(Model):
         """
         if isinstance(x, Steps):
             read = self.reader(*x.tensors)
-            hidden, state = self.core.step(
-                Lookup(read.ids[0], read.table) if isinstance(read, Lookup) else read[0], state
-            )
-            return self.writer.at(hidden), state
+            step = Lookup(read.ids[0], read.table) if isinstance(read, Lookup) else read[0]
+            hidden, state = self.core.step(step, state)
+            return self.writer.at(hidden, step), state
         scores, state = self.writer.step(self.core, x, state)
         return scores, state
 

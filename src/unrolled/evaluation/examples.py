@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unrolled.data import Batches, Examples, Values
-from unrolled.kinds.written import Written
+from unrolled.kinds import Next, Written
 from unrolled.model import ExampleModel
 from unrolled.prediction import Searching, answers
 from unrolled.progress import Silent, Watcher
@@ -59,15 +59,18 @@ def judge_examples(
         if written:
             figures["perplexity"] = math.exp(loss) if loss < 700 else math.inf
     if searching is not None or not written:
-        score = model.ends.output.score(model.config)
+        output = model.ends.output
+        score: Any = output.score(model.config)
         watcher.start("answering", len(examples))
 
         def value(number: int) -> tuple[Any, Any]:
             return values[int(examples.kept[number])]
 
-        given = answers(model, examples, searching, batch_size=batch_size, source=lambda number: value(number)[0])
-        for done, (number, answer) in enumerate(given, 1):
-            score.add(answer, value(number)[1])
+        found = answers(model, examples, searching, batch_size=batch_size, source=lambda number: value(number)[0])
+        for done, (number, answer) in enumerate(found, 1):
+            given, expected = value(number)
+            beside = {"naive": output.trivial(given, model.config)} if isinstance(output, Next) else {}
+            score.add(answer, expected, **beside)
             watcher.update(done)
         watcher.stop()
         figures |= score.figures()

@@ -141,6 +141,11 @@ class Writer(nn.Module, ABC):
         """The loss of a batch. read: the reader's steps `[T B I]`; run: the core over them."""
 
     @abstractmethod
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None) -> Tensor:
+        """What comes out at each step, before anything is chosen: scores `[U B V]`, or numbers; U = 1 where there is
+        one for all. Of text that is written, `targets` are the words that are read on the way."""
+
+    @abstractmethod
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         """The model's raw answers to a batch, one a row; `Output.answer` puts them in words."""
 

@@ -191,12 +191,17 @@ class NumberWriter(Writer):
             found, wanted = self.linear(hidden[mask]), wanted[: len(hidden)][mask]
         return Loss(F.huber_loss(found.float(), wanted, reduction="sum"), wanted.numel())
 
-    def at(self, hidden: Float[Tensor, "B H"]) -> Float[Tensor, "B F"]:
-        """The scaled numbers at one step."""
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
+        if self.pooling is not None:
+            return self.at(self.pooling(run, read(), steps.lengths))[None]
+        return self.at(aligned(run(read(), lengths=steps.lengths).outputs, steps))
+
+    def at(self, hidden: Float[Tensor, "*W B H"], x: Any = None) -> Float[Tensor, "*W B F"]:
+        """The scaled numbers at steps."""
         return self.linear(hidden)  # type: ignore[no-any-return]
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
+        found = self.scores(read, run, steps).float().cpu()
         if self.pooling is not None:
-            return list(self.linear(self.pooling(run, read(), steps.lengths)).float().cpu())
-        found = self.linear(aligned(run(read(), lengths=steps.lengths).outputs, steps)).float().cpu()
+            return list(found[0])
         return [found[:n, b] for b, n in enumerate(steps.aligned.tolist())]

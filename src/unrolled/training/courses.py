@@ -279,7 +279,15 @@ class ExampleCourse(Course):
         for name, values in (("encoding", learn), ("encoding validation", held_out)):
             watcher.start(name, len(values))
             parts.append(
-                encode_examples(values, ends, skip_bad=config.data.skip_bad, directory=scratch, progress=watcher.update)
+                encode_examples(
+                    values,
+                    ends,
+                    # A forecast is judged by what follows, which is no target of the steps before.
+                    outputs=values is learn or config.output.kind != "next",
+                    skip_bad=config.data.skip_bad,
+                    directory=scratch,
+                    progress=watcher.update,
+                )
             )
             watcher.stop()
             for bad in parts[-1].bad[:10]:

@@ -1,0 +1,332 @@
+"""Images as input: brought to one size and scaled; a convolutional reader whose rows do not know of each other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from ends import Small, again, config_of
+
+from unrolled.errors import ConfigError, DataError
+from unrolled.kinds import image as image_module
+from unrolled.kinds.contract import INPUTS
+from unrolled.kinds.image import Image, ImageReader, RowsReader, decode, fit
+from unrolled.kinds.label import Label
+
+CONFIG = config_of("input.kind=image", "output.kind=label", "input.size=16", "input.features=24")
+ROWS = config_of("input.kind=image", "output.kind=label", "input.size=16", "input.rows=true")
+DRAW = np.random.default_rng(0)
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def picture(height: int = 16, width: int = 16) -> Any:
+    return DRAW.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def plain(colour: tuple[int, int, int], height: int, width: int) -> Any:
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+PICTURES = [picture() for _ in range(6)]
+
+
+def test_kind_is_known() -> None:
+    assert INPUTS["image"] is Image
+
+
+# --- bytes
+
+
+def test_the_shape_is_kept_and_the_rest_is_white() -> None:
+    wide = fit(plain(RED, 20, 80), 16)
+    assert wide.shape == (16, 16, 3)
+    assert (wide[6:10] == RED).all()
+    assert (wide[:6] == WHITE).all()
+    assert (wide[10:] == WHITE).all()
+    tall = fit(plain(RED, 8, 2), 16)
+    assert (tall[:, 6:10] == RED).all()
+    assert (tall[:, :6] == WHITE).all()
+    assert fit(plain(RED, 1, 1000), 16).shape == (16, 16, 3), "a line stays a line of one pixel"
+
+
+def test_a_picture_of_the_size_stays_as_it_is() -> None:
+    np.testing.assert_array_equal(fit(PICTURES[0], 16), PICTURES[0])
+
+
+def test_a_smaller_picture_is_the_mean_of_what_it_stands_for() -> None:
+    # A board of single black and white pixels is grey from afar; were pixels only picked, it would be one of the two.
+    board = np.indices((128, 128)).sum(0) % 2 * 255
+    grey = fit(np.repeat(board[..., None], 3, -1).astype(np.uint8), 16)
+    assert (np.abs(grey.astype(int) - 127.5) < 3).all()
+
+
+def test_all_ways_to_give_an_image_are_the_same(tmp_path: Path) -> None:
+    image = PIL.Image.fromarray(PICTURES[0])
+    image.save(tmp_path / "a.png")
+    for raw in (PICTURES[0], image, tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(decode(raw, 16), PICTURES[0])
+
+
+@pytest.mark.parametrize(
+    "mode, colour, seen",
+    [
+        ("RGBA", (255, 0, 0, 0), WHITE),
+        ("RGBA", (255, 0, 0, 255), RED),
+        ("LA", (0, 0), WHITE),
+        ("L", 7, (7, 7, 7)),
+        ("1", 0, (0, 0, 0)),
+        ("CMYK", (0, 255, 255, 0), RED),
+        ("I;16", 256 * 9 + 200, (9, 9, 9)),
+    ],
+)
+def test_every_mode_becomes_red_green_blue_on_white(mode: str, colour: Any, seen: Any) -> None:
+    assert (decode(PIL.Image.new(mode, (4, 3), colour), 16) == seen).all()
+
+
+def test_half_transparent_is_mixed_with_white() -> None:
+    (mixed,) = {tuple(pixel) for pixel in decode(PIL.Image.new("RGBA", (2, 2), (255, 0, 0, 128)), 16).reshape(-1, 3)}
+    assert mixed[0] == 255
+    assert abs(mixed[1] - 127) <= 1
+
+
+def test_a_photograph_stands_as_it_was_taken(tmp_path: Path) -> None:
+    pixels = plain(WHITE, 8, 16)
+    pixels[:, :8] = 0
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6  # to be turned clockwise by a quarter
+    PIL.Image.fromarray(pixels).save(tmp_path / "photo.jpg", quality=95, exif=turned)
+    seen = decode(tmp_path / "photo.jpg", 16)
+    assert seen.shape == (16, 8, 3)
+    assert seen[:6].mean() < 10, "the left half is above now"
+    assert seen[-6:].mean() > 245
+
+
+def test_a_large_photograph_is_decoded_to_what_is_needed(tmp_path: Path) -> None:
+    PIL.Image.fromarray(plain(RED, 800, 1600)).save(tmp_path / "large.jpg", quality=95)
+    height, width, _ = decode(tmp_path / "large.jpg", 16).shape
+    assert 32 <= height < 800
+    assert width == 2 * height
+    assert (np.abs(fit(decode(tmp_path / "large.jpg", 16), 16)[4:12] - np.int64(RED)) <= 2).all()
+
+
+# --- what is learnt, and what is refused
+
+
+def test_colours_are_scaled_by_those_of_the_training_part() -> None:
+    image = Image.learn(PICTURES, CONFIG)
+    (encoded,) = image.encode(PICTURES[0])
+    assert encoded.dtype == np.uint8
+    assert encoded.shape == (1, 16, 16, 3)
+    seen = np.stack(PICTURES).reshape(-1, 3).astype(float)
+    np.testing.assert_allclose(image.scale.mean, seen.mean(0))
+    np.testing.assert_allclose(image.scale.deviation, seen.std(0))
+    scaled = RowsReader(16, image.scale).eval()(torch.from_numpy(encoded).transpose(0, 1))  # [16 1 48]
+    wanted = (PICTURES[0] - seen.mean(0)) / seen.std(0)
+    np.testing.assert_allclose(scaled[:, 0].reshape(16, 16, 3).numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ROWS])
+def test_json_gives_the_same_encoding_and_reading(config: Any) -> None:
+    image = Image.learn(PICTURES, config)
+    back = again(image)
+    raw = picture(9, 30)
+    np.testing.assert_array_equal(back.encode(raw)[0], image.encode(raw)[0])
+    steps = image.collate([image.encode(PICTURES[0])])
+    readers = [end.reader(config).eval() for end in (image, back)]
+    readers[1].load_state_dict(readers[0].state_dict())
+    torch.testing.assert_close(readers[1](*steps.tensors), readers[0](*steps.tensors), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (np.zeros((4, 4, 3)), "expected an image of uint8 [height, width, 3], got float64 [4, 4, 3]"),
+        (np.zeros((4, 4), np.uint8), "expected an image of uint8 [height, width, 3], got uint8 [4, 4]"),
+        (np.zeros((0, 4, 3), np.uint8), "expected an image of uint8 [height, width, 3], got uint8 [0, 4, 3]"),
+        (3, "expected an image or the path of one, got int"),
+        (PIL.Image.new("F", (2, 2)), "expected colours of 8 or 16 bits, got an image of mode F"),
+    ],
+)
+def test_what_is_no_image_is_refused(raw: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        Image.learn([raw], CONFIG)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "gif", "bmp", "webp"])
+def test_a_broken_file_is_named(tmp_path: Path, format: str) -> None:
+    whole, path = tmp_path / f"whole.{format}", tmp_path / f"broken.{format}"
+    PIL.Image.fromarray(picture(64, 64)).save(whole)
+    image = Image.learn([whole], CONFIG)
+    content = whole.read_bytes()
+    for broken in (content[: len(content) // 2], content[:10], b"", b"no image\n" * 9):
+        path.write_bytes(broken)
+        with pytest.raises(DataError) as caught:
+            image.encode(path)
+        assert str(caught.value).startswith(f"{path}: not an image that can be read: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_has_other_colours_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*gone.png: No such file or directory"):
+        decode(tmp_path / "gone.png", 16)
+    PIL.Image.new("F", (2, 2)).save(tmp_path / "measured.tiff")
+    with pytest.raises(DataError, match=r"measured.tiff: expected colours of 8 or 16 bits, got an image of mode F"):
+        decode(tmp_path / "measured.tiff", 16)
+
+
+def test_without_pillow_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PIL", "PIL.Image", "PIL.ImageOps"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError) as caught:
+        decode(tmp_path / "a.png", 16)
+    assert str(caught.value) == "reading images needs Pillow: pip install 'unrolled[image]'"
+    assert decode(PICTURES[0], 16) is PICTURES[0], "an array needs none"
+
+
+# --- readers
+
+
+def pixels(*pictures: Any) -> torch.Tensor:
+    """[1 B s s 3]"""
+    return torch.from_numpy(np.stack(pictures))[None]
+
+
+def reader_of(config: Any = CONFIG, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return Image.learn(PICTURES, config).reader(config).eval()
+
+
+def test_a_rows_vector_does_not_depend_on_the_batch_or_on_padding() -> None:
+    reader = reader_of()
+    together = reader(pixels(*PICTURES))
+    assert together.shape == (1, 6, 24)
+    for b, one in enumerate(PICTURES):
+        torch.testing.assert_close(reader(pixels(one))[0, 0], together[0, b])
+    padded = torch.zeros(4, 6, 16, 16, 3, dtype=torch.uint8)
+    padded[:1] = pixels(*PICTURES)
+    torch.testing.assert_close(reader(padded)[:1], together)
+
+
+def test_regions_have_the_readers_vector_as_their_mean() -> None:
+    reader = reader_of()
+    regions = reader.regions(pixels(*PICTURES))
+    assert regions.shape == (4, 6, 24)
+    torch.testing.assert_close(regions.mean(0), reader(pixels(*PICTURES))[0])
+    assert (regions[0] - regions[1]).abs().max() > 1e-3
+
+
+def test_regions_go_row_by_row_from_the_upper_left() -> None:
+    torch.manual_seed(0)
+    config = config_of("input.kind=image", "output.kind=label", "input.size=64", "input.features=24")
+    reader = Image.learn([picture(64, 64)], config).reader(config).eval()
+    one, other = picture(64, 64), picture(64, 64)
+    other[16:] = one[16:]
+    changed = (reader.regions(pixels(one)) - reader.regions(pixels(other)))[:, 0].abs().amax(-1).view(8, 8)
+    # The norms see the whole picture, so all regions change a little, and the upper ones much.
+    assert changed[0].min() > 3 * changed[-1].max()
+
+
+def test_many_pictures_in_pieces_are_the_same_with_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = torch.from_numpy(np.stack([picture() for _ in range(10)])).view(5, 2, 16, 16, 3)
+    found = []
+    for at_once in (2**19, 3 * 16 * 16):
+        monkeypatch.setattr(image_module, "_PIXELS_AT_ONCE", at_once)
+        reader = reader_of().double().train()
+        torch.manual_seed(1)
+        vectors = reader(film)
+        vectors.square().sum().backward()
+        found.append([vectors.detach(), *(parameter.grad for parameter in reader.parameters())])
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole)
+
+
+def test_gradients_reach_every_weight() -> None:
+    reader = reader_of().train()
+    reader(pixels(*PICTURES)).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in reader.parameters())
+
+
+@pytest.mark.parametrize("size", [8, 9, 31, 48])
+def test_any_size_is_read(size: int) -> None:
+    config = config_of("input.kind=image", "output.kind=label", f"input.size={size}")
+    reader = Image.learn(PICTURES, config).reader(config).eval()
+    assert isinstance(reader, ImageReader)
+    vectors = reader(torch.zeros(1, 2, size, size, 3, dtype=torch.uint8))
+    assert vectors.shape == (1, 2, 128)
+    assert vectors.isfinite().all()
+
+
+def test_rows_are_steps_and_their_pixels_the_vector() -> None:
+    image = Image.learn(PICTURES, ROWS)
+    steps = image.collate([image.encode(one) for one in PICTURES[:2]])
+    assert steps.lengths.tolist() == [16, 16]
+    reader = reader_of(ROWS)
+    assert reader.step_size == 48
+    assert not reader.state_dict()
+    x = reader(*steps.tensors)
+    assert x.shape == (16, 2, 48)
+    wanted = (PICTURES[1][5] - image.scale.mean) / image.scale.deviation
+    np.testing.assert_allclose(x[5, 1].numpy(), wanted.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ROWS])
+def test_pictures_are_changed_in_training_only_and_by_the_seed(config: Any) -> None:
+    reader, image = reader_of(config), Image.learn(PICTURES, config)
+    (given,) = image.collate([image.encode(one) for one in PICTURES]).tensors
+    torch.testing.assert_close(reader(given), reader(given), rtol=0, atol=0)
+    reader.train()
+    torch.manual_seed(3)
+    first, second = reader(given), reader(given)
+    assert (first - second).abs().max() > 1e-2
+    torch.manual_seed(3)
+    torch.testing.assert_close(reader(given), first, rtol=0, atol=0)
+
+
+def test_a_picture_moves_by_up_to_three_pixels_and_its_light_changes_little() -> None:
+    config = config_of("input.kind=image", "output.kind=label", "input.size=48")
+    base = np.zeros((48, 48, 3), np.uint8)
+    base[20:24, 30:33] = 200  # one bright spot, far from the edges
+    image = Image.learn([base], config)
+    scaling = image.reader(config).train().scaling
+    torch.manual_seed(0)
+    given = pixels(*[base] * 400)[0]
+    changes = scaling.draw(400)
+    moved = scaling(given, changes)  # [N 3 h w]
+    bright = moved[:, 0] > moved[:, 0].mean((1, 2), keepdim=True) + 1
+    top = bright.any(2).int().argmax(1) - 20
+    left = bright.any(1).int().argmax(1) - 30
+    assert sorted(set(top.tolist())) == sorted(set(left.tolist())) == [-3, -2, -1, 0, 1, 2, 3]
+    assert (bright.sum((1, 2)) == 12).all(), "the spot keeps its shape"
+    height = moved.amax((1, 2, 3)) - moved.amin((1, 2, 3))
+    plain_height = float(200 / image.scale.deviation[0])
+    assert (height / plain_height - 1).abs().max() <= 0.101
+    assert height.std() > 0
+
+
+def test_upright_and_lying_bars_are_told_apart() -> None:
+    draw = np.random.default_rng(2)
+
+    def bar(upright: bool) -> Any:
+        one = draw.integers(0, 80, (16, 16, 3), dtype=np.uint8)
+        at = draw.integers(0, 13)
+        one[:, at : at + 3] += 120
+        return one if upright else one.transpose(1, 0, 2)
+
+    def some(count: int) -> tuple[list[Any], list[str]]:
+        upright = draw.random(count) < 0.5
+        return [bar(bool(u)) for u in upright], ["upright" if u else "lying" for u in upright]
+
+    torch.manual_seed(0)
+    images, names = some(64)
+    for config in (CONFIG, ROWS):
+        model = Small(config, Image.learn(images, config), Label.learn(names, config))
+        model.learn([some(32) for _ in range(60)], lr=3e-3)
+        others, wanted = some(100)
+        answers = [model.output.answer(raw).value for raw in model.answer(others)]
+        assert sum(a == b for a, b in zip(answers, wanted, strict=True)) >= 97

@@ -1,0 +1,307 @@
+"""What comes next in a series: forecasts that are the naive one untrained, and far better when trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ends import Small, again, config_of
+
+from unrolled.errors import ConfigError, DataError
+from unrolled.kinds.contract import OUTPUTS, Targets
+from unrolled.kinds.image import Image
+from unrolled.kinds.next import Next, SeriesWriter
+from unrolled.kinds.series import Series
+
+
+def config(*settings: str) -> Any:
+    return config_of("input.kind=series", "output.kind=next", *settings)
+
+
+DRAW = np.random.default_rng(0)
+LONG = DRAW.normal([10.0, -3.0], [2.0, 50.0], (40, 2)).cumsum(0)
+SHORT = DRAW.normal(5.0, 1.0, (7, 2))
+
+
+def small(values: list[Any], *settings: str, hidden: int = 16) -> Small:
+    torch.manual_seed(0)
+    chosen = config(*settings)
+    return Small(chosen, Series.learn(values, chosen), Next.learn(values, chosen), hidden)
+
+
+def stirred(*settings: str) -> Small:
+    """A model whose writer says something untrained too."""
+    model = small([LONG], *settings).eval()
+    with torch.no_grad():
+        for parameter in model.writer.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return model
+
+
+# --- what is learnt
+
+
+def test_kind_is_known() -> None:
+    assert OUTPUTS["next"] is Next
+
+
+@pytest.mark.parametrize("season", [1, 3, 39])
+def test_the_naive_error_is_that_of_one_season_ago(season: int) -> None:
+    learnt = Next.learn([LONG, SHORT], config(f"output.season={season}"))
+    series = [LONG] if season >= 7 else [LONG, SHORT]
+    errors = [np.abs(one[t] - one[t - season]) for one in series for t in range(season, len(one))]
+    np.testing.assert_allclose(learnt.naive, np.mean(errors, axis=0))
+    np.testing.assert_allclose(learnt.scale.mean, np.concatenate([LONG, SHORT]).mean(0))
+    changes = np.concatenate([np.diff(one, axis=0) for one in (LONG, SHORT)])
+    np.testing.assert_allclose(learnt.change, np.sqrt((changes**2).mean(0)))
+
+
+def test_a_column_that_never_changes_is_forecast_to_stay() -> None:
+    still = LONG.copy()
+    still[:, 1] = 4.0
+    model = small([still]).eval()
+    assert model.loss([still], [still]).isfinite()
+    np.testing.assert_allclose(np.array(model.output.answer(model.answer([still])[0]).value)[:, 1], 4.0)
+
+
+def test_a_season_that_no_series_has_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        Next.learn([LONG, SHORT], config("output.season=40"))
+    assert str(caught.value) == (
+        "output.season: expected a season shorter than the series, whose longest in the training part has 40 steps, "
+        "got 40"
+    )
+
+
+def test_json_gives_the_same() -> None:
+    learnt = Next.learn([LONG], config("output.horizon=5", "output.quantiles=[0.9, 0.1]"))
+    back = again(learnt)
+    assert (back.horizon, back.quantiles) == (5, (0.1, 0.9))
+    np.testing.assert_array_equal(back.naive, learnt.naive)
+    np.testing.assert_array_equal(back.change, learnt.change)
+    np.testing.assert_array_equal(back.encode(SHORT)[0], learnt.encode(SHORT)[0])
+
+
+def test_what_is_to_be_forecast_is_what_is_read() -> None:
+    chosen = config()
+    np.testing.assert_array_equal(
+        Next.learn([LONG], chosen).encode(SHORT)[0], Series.learn([LONG], chosen).encode(SHORT)[0]
+    )
+    with pytest.raises(DataError, match="expected 2 numbers a step, got 1"):
+        Next.learn([LONG], chosen).encode(SHORT[:, :1])
+
+
+def test_only_a_series_can_be_forecast() -> None:
+    chosen = config()
+    image = Image.learn([np.zeros((4, 4, 3), np.uint8)], chosen)
+    with pytest.raises(ConfigError) as caught:
+        Next.learn([LONG], chosen).writer(chosen, 8, image)
+    assert str(caught.value) == "output.kind: next forecasts a series: expected input.kind series, got image"
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("quantiles", [(), (0.1, 0.9), (0.7,), (0.25, 0.5)])
+def test_the_loss_is_that_of_every_step_from_those_before_it(quantiles: tuple[float, ...]) -> None:
+    model = stirred(f"output.quantiles={list(quantiles)}")
+    shares = sorted({*quantiles, 0.5})
+    total, count = 0.0, 0
+    for raw in (LONG, SHORT):
+        (series,) = model.input.encode(raw)
+        state = model.core.initial_state(1)
+        for t in range(len(series) - 1):
+            now = torch.from_numpy(series[t])[None]
+            hidden, state = model.core.step(now, state)
+            found = model.writer(hidden, now)[0]
+            for k, share in enumerate(shares):
+                for f in range(2):
+                    missed = (float(series[t + 1, f]) - found[k, f].item()) / model.writer.change[f].item()
+                    if quantiles:
+                        total += share * missed if missed > 0 else (share - 1) * missed
+                    else:
+                        total += missed**2 / 2 if abs(missed) < 1 else abs(missed) - 0.5
+            count += 2
+    loss = model.loss([LONG, SHORT], [LONG, SHORT])
+    assert loss.item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_padding_changes_no_loss_and_gets_no_gradient() -> None:
+    model = stirred("output.quantiles=[0.2]")
+    steps = model.input.collate([model.input.encode(one) for one in (LONG, SHORT)])
+    (given,) = steps.tensors
+    wild = given.clone()
+    wild[7:, 1] = 1e4
+
+    def loss(x: torch.Tensor) -> Any:
+        x = x.clone().requires_grad_()
+        found = model.writer.loss(lambda: x, model.core, steps, Targets((x.detach(),), steps.lengths))
+        found.total.backward()
+        return found, x.grad
+
+    (plain, _), (padded, gradient) = loss(given), loss(wild)
+    torch.testing.assert_close(plain.total, padded.total)
+    assert plain.count == padded.count == (39 + 6) * 2
+    assert not gradient[7:, 1].any()
+
+
+def test_a_single_step_has_nothing_to_predict() -> None:
+    model = stirred()
+    steps = model.input.collate([model.input.encode(SHORT[:1])])
+    loss = model.writer.loss(lambda: steps.tensors[0], model.core, steps, Targets(steps.tensors, steps.lengths))
+    assert (loss.total.item(), loss.count) == (0.0, 0)
+    loss.total.backward()
+
+
+@pytest.mark.parametrize("quantiles", ["[]", "[0.1, 0.3, 0.9]"])
+def test_gradients_reach_every_weight(quantiles: str) -> None:
+    model = stirred(f"output.quantiles={quantiles}")
+    model.loss([LONG], [LONG]).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+# --- the forecast
+
+
+def test_untrained_it_says_that_nothing_changes() -> None:
+    model = small([LONG], "output.horizon=4").eval()
+    for answer, raw in zip(model.answer([LONG, SHORT]), (LONG, SHORT), strict=True):
+        value = model.output.answer(answer).value
+        np.testing.assert_allclose(value, np.repeat(raw[-1:], 4, 0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantiles", ["[]", "[0.1, 0.9]"])
+def test_the_forecast_is_its_own_next_step_fed_back(quantiles: str) -> None:
+    model = stirred("output.horizon=6", f"output.quantiles={quantiles}")
+    found = model.answer([SHORT])[0][0]
+    (series,) = model.input.encode(SHORT)
+    state, wanted = model.core.initial_state(1), []
+    fed = list(torch.from_numpy(series))
+    for t in range(len(series) + 5):
+        with torch.no_grad():
+            hidden, state = model.core.step(fed[t][None], state)
+            further = model.writer(hidden, fed[t][None])[0, model.writer.shares.index(0.5)]
+        if t >= len(series) - 1:
+            wanted.append(further)
+            fed.append(further)
+    torch.testing.assert_close(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("quantiles", ["[]", "[0.05, 0.3, 0.9]"])
+def test_a_rows_forecast_does_not_depend_on_the_batch(quantiles: str) -> None:
+    model = stirred("output.horizon=5", f"output.quantiles={quantiles}")
+    alone, together = model.answer([SHORT]), model.answer([LONG, SHORT, LONG[:3]])
+    assert together[1].shape == (1 if quantiles == "[]" else 4, 5, 2)
+    torch.testing.assert_close(together[1], alone[0])
+    torch.testing.assert_close(model.answer([SHORT])[0], alone[0], rtol=0, atol=0)
+
+
+def test_quantiles_never_cross() -> None:
+    torch.manual_seed(0)
+    writer = SeriesWriter(8, [1.0, 0.5, 2.0], 1, (0.05, 0.2, 0.6, 0.95))
+    torch.nn.init.normal_(writer.linear.weight, std=3.0)
+    last = torch.randn(50, 3)
+    found = writer(torch.randn(50, 8), last)
+    assert found.shape == (50, 5, 3)
+    assert (found.diff(dim=1) >= 0).all()
+    middle = last + writer.change * writer.linear(torch.zeros(50, 8)).view(50, 5, 3)[:, 2]
+    torch.testing.assert_close(writer(torch.zeros(50, 8), last)[:, 2], middle)
+
+
+def test_the_first_steps_quantiles_are_the_learnt_ones() -> None:
+    model = stirred("output.horizon=1", "output.quantiles=[0.1, 0.25, 0.8]")
+    found = model.answer([SHORT])[0][:, 0]
+    (series,) = model.input.encode(SHORT)
+    with torch.no_grad():
+        hidden = model.core(torch.from_numpy(series)[:, None]).outputs[-1]
+        wanted = model.writer(hidden, torch.from_numpy(series[-1:]))[0]
+    torch.testing.assert_close(found[0], wanted[2])
+    # 100 paths tell a quantile up to the gap between two of them.
+    torch.testing.assert_close(found[1:], wanted[[0, 1, 3]], rtol=0, atol=0.04)
+
+
+def test_a_walk_of_even_steps_has_the_quantiles_of_a_normal_distribution() -> None:
+    # Each step adds a normal number of the same deviation: after n steps it is sqrt(n) times as large.
+    model = small([LONG], "output.horizon=25", "output.quantiles=[0.1, 0.9]").eval()
+    model.writer.paths = 4000
+    width = 0.3
+    with torch.no_grad():
+        model.writer.linear.bias[[0, 1, 4, 5]] = np.log(np.expm1(width))  # softplus gives the width
+    middle, low, high = model.answer([SHORT])[0]
+    wanted = width * model.writer.change * torch.arange(1, 26).sqrt()[:, None]
+    torch.testing.assert_close(high - middle, wanted, rtol=0.08, atol=0)
+    torch.testing.assert_close(middle - low, wanted, rtol=0.08, atol=0)
+
+
+def test_an_answer_is_in_the_series_own_units() -> None:
+    learnt = Next.learn([LONG], config("output.horizon=3", "output.quantiles=[0.1, 0.9]"))
+    raw = torch.from_numpy(learnt.scale.apply(np.arange(18.0).reshape(3, 3, 2)))
+    answer = learnt.answer(raw)
+    np.testing.assert_allclose(answer.value, np.arange(6.0).reshape(3, 2), atol=1e-4)
+    assert list(answer.details["quantiles"]) == ["0.1", "0.9"]
+    np.testing.assert_allclose(answer.details["quantiles"]["0.9"], np.arange(12.0, 18).reshape(3, 2), atol=1e-4)
+    flat = Next.learn([LONG[:, :1]], config()).answer(torch.zeros(1, 2, 1))
+    mean = f"{LONG[:, 0].mean():.6g}"
+    assert flat.text == f"{mean}; {mean}"
+    assert not flat.details
+
+
+def test_a_forecasts_score_divides_by_the_naive_error() -> None:
+    chosen = config("output.season=2", "output.horizon=3")
+    learnt = Next.learn([LONG], chosen)
+    wanted = LONG[-3:]
+    answer = learnt.answer(torch.from_numpy(learnt.scale.apply(wanted + np.array([1.0, 2.0])))[None])
+    score = learnt.score(chosen)
+    score.add(answer, wanted)
+    figures = score.figures()
+    naive = np.abs(LONG[2:] - LONG[:-2]).mean(0)
+    assert figures[learnt.best[0]] == pytest.approx(float(np.mean([1.0, 2.0] / naive)), rel=1e-3)
+
+
+# --- learning
+
+
+def sine(steps: int, start: float = 0.0) -> Any:
+    """Two columns of one period, 25 steps, far from zero."""
+    t = np.arange(steps) + start
+    return np.stack([100 + 10 * np.sin(2 * np.pi * t / 25), 3 + np.cos(2 * np.pi * t / 25)], axis=1)
+
+
+def test_a_sine_is_forecast_far_better_than_by_the_naive_forecast() -> None:
+    training = sine(500)
+    model = small([training], "output.horizon=24", hidden=32)
+    draw = np.random.default_rng(1)
+
+    def windows() -> list[Any]:
+        return [training[start : start + 75] for start in draw.integers(0, 425, 16)]
+
+    batches = [windows() for _ in range(150)]
+    model.learn([(batch, batch) for batch in batches])
+    score, naive = (model.output.score(config()) for _ in range(2))
+    contexts = [sine(60, start) for start in (500.3, 511.9, 523.1)]
+    answers = [model.output.answer(raw) for raw in model.answer(contexts)]
+    for answer, context, start in zip(answers, contexts, (500.3, 511.9, 523.1), strict=True):
+        expected = sine(24, start + 60)
+        score.add(answer, expected)
+        naive.add(type(answer)(np.repeat(context[-1:], 24, 0).tolist(), ""), expected)
+    assert score.figures()["mase"] < naive.figures()["mase"] / 5
+
+
+def test_quantiles_cover_their_share_of_a_noisy_series() -> None:
+    draw = np.random.default_rng(3)
+    walk = draw.normal(0.0, 1.0, (4000, 1)).cumsum(0)
+    model = small([walk], "output.horizon=8", "output.quantiles=[0.1, 0.9]", hidden=8)
+    starts = draw.integers(0, 3000, (120, 16))
+    batches = [[walk[start : start + 40] for start in row] for row in starts]
+    model.learn([(batch, batch) for batch in batches], lr=1e-2)
+    contexts = [walk[start : start + 30] for start in range(3000, 3960, 5)]
+    below = np.zeros((2, 8))
+    for raw, start in zip(model.answer(contexts), range(3000, 3960, 5), strict=True):
+        named = model.output.answer(raw).details["quantiles"]
+        expected = walk[start + 30 : start + 38, 0]
+        below += [expected <= np.array(named[share])[:, 0] for share in ("0.1", "0.9")]
+    shares = below / len(contexts)
+    # 192 overlapping forecasts: some 40 independent ones, a standard error of 0.05.
+    assert np.abs(shares - [[0.1], [0.9]]).max() < 0.15
