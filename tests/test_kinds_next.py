@@ -11,7 +11,6 @@ from ends import Small, again, config_of
 
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds.contract import OUTPUTS, Targets
-from unrolled.kinds.image import Image
 from unrolled.kinds.next import Next, SeriesWriter
 from unrolled.kinds.series import Series
 
@@ -27,8 +26,8 @@ SHORT = DRAW.normal(5.0, 1.0, (7, 2))
 
 def small(values: list[Any], *settings: str, hidden: int = 16) -> Small:
     torch.manual_seed(0)
-    chosen = config(*settings)
-    return Small(chosen, Series.learn(values, chosen), Next.learn(values, chosen), hidden)
+    chosen = config(f"core.hidden={hidden}", *settings)
+    return Small(chosen, Series.learn(values, chosen), Next.learn(values, chosen))
 
 
 def stirred(*settings: str) -> Small:
@@ -62,8 +61,8 @@ def test_a_column_that_never_changes_is_forecast_to_stay() -> None:
     still = LONG.copy()
     still[:, 1] = 4.0
     model = small([still]).eval()
-    assert model.loss([still], [still]).isfinite()
-    np.testing.assert_allclose(np.array(model.output.answer(model.answer([still])[0]).value)[:, 1], 4.0)
+    assert model.mean_loss([still], [still]).isfinite()
+    np.testing.assert_allclose(np.array(model.output.answer(model.raw([still])[0]).value)[:, 1], 4.0)
 
 
 def test_a_season_that_no_series_has_is_refused() -> None:
@@ -93,12 +92,18 @@ def test_what_is_to_be_forecast_is_what_is_read() -> None:
         Next.learn([LONG], chosen).encode(SHORT[:, :1])
 
 
-def test_only_a_series_can_be_forecast() -> None:
+def test_only_the_series_that_is_read_can_be_forecast() -> None:
     chosen = config()
-    image = Image.learn([np.zeros((4, 4, 3), np.uint8)], chosen)
     with pytest.raises(ConfigError) as caught:
-        Next.learn([LONG], chosen).writer(chosen, 8, image)
-    assert str(caught.value) == "output.kind: next forecasts a series: expected input.kind series, got image"
+        Small(chosen, Series.learn([LONG[:, :1]], chosen), Next.learn([LONG], chosen))
+    assert str(caught.value) == "output.kind: next forecasts the series that is read: expected input.kind series"
+
+
+@pytest.mark.parametrize("season, wanted", [(1, [6, 6, 6, 6, 6]), (3, [4, 5, 6, 4, 5]), (9, [6, 6, 6, 6, 6])])
+def test_the_trivial_forecast_is_that_of_one_season_ago(season: int, wanted: list[int]) -> None:
+    chosen = config(f"output.season={season}", "output.horizon=5")
+    learnt = Next.learn([LONG], chosen)
+    np.testing.assert_array_equal(learnt.trivial(SHORT, chosen), SHORT[wanted])
 
 
 # --- the loss
@@ -124,7 +129,7 @@ def test_the_loss_is_that_of_every_step_from_those_before_it(quantiles: tuple[fl
                     else:
                         total += missed**2 / 2 if abs(missed) < 1 else abs(missed) - 0.5
             count += 2
-    loss = model.loss([LONG, SHORT], [LONG, SHORT])
+    loss = model.mean_loss([LONG, SHORT], [LONG, SHORT])
     assert loss.item() == pytest.approx(total / count, rel=1e-4)
 
 
@@ -137,7 +142,7 @@ def test_padding_changes_no_loss_and_gets_no_gradient() -> None:
 
     def loss(x: torch.Tensor) -> Any:
         x = x.clone().requires_grad_()
-        found = model.writer.loss(lambda: x, model.core, steps, Targets((x.detach(),), steps.lengths))
+        found = model.writer.loss(lambda: x, model.run, steps, Targets((x.detach(),), steps.lengths))
         found.total.backward()
         return found, x.grad
 
@@ -150,7 +155,7 @@ def test_padding_changes_no_loss_and_gets_no_gradient() -> None:
 def test_a_single_step_has_nothing_to_predict() -> None:
     model = stirred()
     steps = model.input.collate([model.input.encode(SHORT[:1])])
-    loss = model.writer.loss(lambda: steps.tensors[0], model.core, steps, Targets(steps.tensors, steps.lengths))
+    loss = model.writer.loss(lambda: steps.tensors[0], model.run, steps, Targets(steps.tensors, steps.lengths))
     assert (loss.total.item(), loss.count) == (0.0, 0)
     loss.total.backward()
 
@@ -158,7 +163,7 @@ def test_a_single_step_has_nothing_to_predict() -> None:
 @pytest.mark.parametrize("quantiles", ["[]", "[0.1, 0.3, 0.9]"])
 def test_gradients_reach_every_weight(quantiles: str) -> None:
     model = stirred(f"output.quantiles={quantiles}")
-    model.loss([LONG], [LONG]).backward()
+    model.mean_loss([LONG], [LONG]).backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
@@ -167,7 +172,7 @@ def test_gradients_reach_every_weight(quantiles: str) -> None:
 
 def test_untrained_it_says_that_nothing_changes() -> None:
     model = small([LONG], "output.horizon=4").eval()
-    for answer, raw in zip(model.answer([LONG, SHORT]), (LONG, SHORT), strict=True):
+    for answer, raw in zip(model.raw([LONG, SHORT]), (LONG, SHORT), strict=True):
         value = model.output.answer(answer).value
         np.testing.assert_allclose(value, np.repeat(raw[-1:], 4, 0), rtol=1e-5, atol=1e-4)
 
@@ -175,7 +180,7 @@ def test_untrained_it_says_that_nothing_changes() -> None:
 @pytest.mark.parametrize("quantiles", ["[]", "[0.1, 0.9]"])
 def test_the_forecast_is_its_own_next_step_fed_back(quantiles: str) -> None:
     model = stirred("output.horizon=6", f"output.quantiles={quantiles}")
-    found = model.answer([SHORT])[0][0]
+    found = model.raw([SHORT])[0][0]
     (series,) = model.input.encode(SHORT)
     state, wanted = model.core.initial_state(1), []
     fed = list(torch.from_numpy(series))
@@ -192,10 +197,10 @@ def test_the_forecast_is_its_own_next_step_fed_back(quantiles: str) -> None:
 @pytest.mark.parametrize("quantiles", ["[]", "[0.05, 0.3, 0.9]"])
 def test_a_rows_forecast_does_not_depend_on_the_batch(quantiles: str) -> None:
     model = stirred("output.horizon=5", f"output.quantiles={quantiles}")
-    alone, together = model.answer([SHORT]), model.answer([LONG, SHORT, LONG[:3]])
+    alone, together = model.raw([SHORT]), model.raw([LONG, SHORT, LONG[:3]])
     assert together[1].shape == (1 if quantiles == "[]" else 4, 5, 2)
     torch.testing.assert_close(together[1], alone[0])
-    torch.testing.assert_close(model.answer([SHORT])[0], alone[0], rtol=0, atol=0)
+    torch.testing.assert_close(model.raw([SHORT])[0], alone[0], rtol=0, atol=0)
 
 
 def test_quantiles_never_cross() -> None:
@@ -212,7 +217,7 @@ def test_quantiles_never_cross() -> None:
 
 def test_the_first_steps_quantiles_are_the_learnt_ones() -> None:
     model = stirred("output.horizon=1", "output.quantiles=[0.1, 0.25, 0.8]")
-    found = model.answer([SHORT])[0][:, 0]
+    found = model.raw([SHORT])[0][:, 0]
     (series,) = model.input.encode(SHORT)
     with torch.no_grad():
         hidden = model.core(torch.from_numpy(series)[:, None]).outputs[-1]
@@ -229,7 +234,7 @@ def test_a_walk_of_even_steps_has_the_quantiles_of_a_normal_distribution() -> No
     width = 0.3
     with torch.no_grad():
         model.writer.linear.bias[[0, 1, 4, 5]] = np.log(np.expm1(width))  # softplus gives the width
-    middle, low, high = model.answer([SHORT])[0]
+    middle, low, high = model.raw([SHORT])[0]
     wanted = width * model.writer.change * torch.arange(1, 26).sqrt()[:, None]
     torch.testing.assert_close(high - middle, wanted, rtol=0.08, atol=0)
     torch.testing.assert_close(middle - low, wanted, rtol=0.08, atol=0)
@@ -281,7 +286,7 @@ def test_a_sine_is_forecast_far_better_than_by_the_naive_forecast() -> None:
     model.learn([(batch, batch) for batch in batches])
     score, naive = (model.output.score(config()) for _ in range(2))
     contexts = [sine(60, start) for start in (500.3, 511.9, 523.1)]
-    answers = [model.output.answer(raw) for raw in model.answer(contexts)]
+    answers = [model.output.answer(raw) for raw in model.raw(contexts)]
     for answer, context, start in zip(answers, contexts, (500.3, 511.9, 523.1), strict=True):
         expected = sine(24, start + 60)
         score.add(answer, expected)
@@ -298,7 +303,7 @@ def test_quantiles_cover_their_share_of_a_noisy_series() -> None:
     model.learn([(batch, batch) for batch in batches], lr=1e-2)
     contexts = [walk[start : start + 30] for start in range(3000, 3960, 5)]
     below = np.zeros((2, 8))
-    for raw, start in zip(model.answer(contexts), range(3000, 3960, 5), strict=True):
+    for raw, start in zip(model.raw(contexts), range(3000, 3960, 5), strict=True):
         named = model.output.answer(raw).details["quantiles"]
         expected = walk[start + 30 : start + 38, 0]
         below += [expected <= np.array(named[share])[:, 0] for share in ("0.1", "0.9")]

@@ -161,7 +161,7 @@ def test_reader_hands_on_the_scaled_numbers_in_the_models_dtype() -> None:
 def test_padding_changes_no_answer() -> None:
     torch.manual_seed(0)
     model = Small(CONFIG, Series.learn([LONG], CONFIG), Number.learn([1.0, 2.0], CONFIG)).eval()
-    alone, together = model.answer([SHORT]), model.answer([SHORT, LONG])
+    alone, together = model.raw([SHORT]), model.raw([SHORT, LONG])
     torch.testing.assert_close(together[0], alone[0])
 
 
@@ -173,6 +173,6 @@ def test_a_sum_is_learnt(kind: Any) -> None:
     inputs = [value[:, None] for value in values] if kind is Series else values
     sums = [float(value.sum()) for value in values]
     model = Small(CONFIG, kind.learn(inputs, CONFIG), Number.learn(sums, CONFIG))
-    first = model.loss(inputs, sums)
+    first = model.mean_loss(inputs, sums)
     model.learn([(inputs, sums)] * 100)
-    assert model.loss(inputs, sums) < first / 20
+    assert model.mean_loss(inputs, sums) < first / 20

@@ -22,7 +22,7 @@ from unrolled.kinds.contract import Ends, Steps, Targets
 if TYPE_CHECKING:
     from unrolled.config import Config
 
-__all__ = ["Bad", "Batches", "Examples", "Values", "encode_examples", "forecast_values", "read_values"]
+__all__ = ["Bad", "Batches", "Examples", "Values", "encode_examples", "forecast_values", "read_values", "whole_series"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -76,6 +76,10 @@ class Values:
 
     def __getitem__(self, i: int) -> tuple[Any, Any]:
         return next(iter(self._get([int(self._chosen[i])])))
+
+    def take(self, rows: Sequence[int]) -> list[tuple[Any, Any]]:
+        """The values of some examples, read at once."""
+        return list(self._get(self._chosen[np.asarray(rows, np.int64)].tolist()))
 
     def where(self, i: int) -> str:
         """In which file and line example i stands."""
@@ -245,6 +249,20 @@ def _matrix(rows: Sequence[Sequence[Any]]) -> Array:
         raise
 
 
+def whole_series(table: Table, config: Config) -> list[Array]:
+    """The series that a table holds, float64 [T F] each: all its rows, or those of each group.
+
+    Raises:
+        DataError: a column is missing, or a cell holds no number.
+    """
+    inputs = _columns(table, config.input.columns, "series", "input")
+    group = config.data.group
+    if group is not None:
+        table.expect_columns([group])
+        return [value for value, _ in _grouped(table, config, inputs, (), group, False)]
+    return [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)), inputs)])]
+
+
 def forecast_values(table: Table, config: Config, *, part: tuple[float, float] = (0.0, 1.0)) -> tuple[Values, Values]:
     """A table of one series (or one a group) for forecasting: windows to train on, and forecasts to judge.
 
@@ -257,12 +275,7 @@ def forecast_values(table: Table, config: Config, *, part: tuple[float, float] =
     Raises:
         DataError: a series is too short for one window or one forecast.
     """
-    inputs = _columns(table, config.input.columns, "series", "input")
-    group = config.data.group
-    if group is None:
-        whole = [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)), inputs)])]
-    else:
-        whole = [value for value, _ in _grouped(table, config, inputs, (), group, False)]
+    whole = whole_series(table, config)
     window, horizon = config.training.window, config.output.horizon
     windows: list[tuple[int, int, int]] = []
     forecasts: list[tuple[int, int, int]] = []
@@ -380,7 +393,8 @@ def encode_examples(
                 for writer, array in zip(writers[side], arrays, strict=True):
                     lengths.append(writer.append(array))
                     done[side] += 1
-            if outputs and ends.output.aligned:
+            # What a forecast is judged by is the steps to come, not one for each that is read.
+            if outputs and ends.output.aligned and ends.output.kind != "next":
                 words = lengths[1] if len(writers[0]) == 2 else lengths[0]
                 _expect_aligned(words, lengths[done[0]])
             kept.append(number)

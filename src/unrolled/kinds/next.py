@@ -16,7 +16,7 @@ from unrolled.kinds.contract import Answer, Arrays, Loss, Output, Run, Score, St
 from unrolled.kinds.label import real
 from unrolled.kinds.number import Scale
 from unrolled.kinds.scores import SeriesScore
-from unrolled.kinds.series import Series, NumbersReader, series_of
+from unrolled.kinds.series import NumbersReader, Series, series_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float

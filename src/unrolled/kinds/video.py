@@ -83,20 +83,22 @@ def _frames(value: Any) -> Iterator[Any]:
     if not isinstance(value, str | os.PathLike):
         raise DataError(f"expected the path of a video, got {type(value).__name__}")
     path, read = os.fspath(value), 0
-    # A path given to av could be an address of the network.
     try:
-        with open(path, "rb") as file, av.open(file, "r") as film:
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        # The open file: a path given to av could be an address of the network.
+        with file, av.open(file, "r") as film:
             if film.streams.video:
                 stream = film.streams.video[0]
                 stream.thread_type = "AUTO"
                 for frame in film.decode(stream):
                     read += 1
                     yield frame
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         where = f" after frame {read}" if read else ""
-        raise DataError(f"{path}: not a video that can be read{where}: {error.strerror}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        raise DataError(f"{path}: not a video that can be read{where}: {error.strerror or error}") from error
     if not read:
         raise DataError(f"{path}: no frames in it: it is no video, or was cut short")
 
