@@ -181,6 +181,13 @@ def test_forecasts_look_back_and_are_judged_on_what_follows() -> None:
     ]
 
 
+def test_the_first_forecast_of_a_file_has_seen_a_season() -> None:
+    rows = [{"a": str(t)} for t in range(22)]
+    config = config_of("series:a", "next", window=16, horizon=5, season=7)
+    _, judged = forecast_values(open_data(rows, config), config)
+    assert [(len(x), float(y[0, 0])) for x, y in judged] == [(7, 7.0), (12, 12.0), (16, 17.0)]
+
+
 def test_python_rows_and_files_give_the_same(tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in ROWS))

@@ -290,7 +290,7 @@ def forecast_values(table: Table, config: Config, *, part: tuple[float, float] =
     """A table of one series (or one a group) for forecasting: windows to train on, and forecasts to judge.
 
     The first are windows of `training.window` steps. The second pair what is known, at most a window, with the
-    `output.horizon` steps after it, one forecast after the other.
+    `output.horizon` steps after it, one forecast after the other; the first of a file is made once a season is known.
 
     Args:
         part: from where to where, as shares of each series; a forecast may look back before the part.
@@ -312,7 +312,7 @@ def forecast_values(table: Table, config: Config, *, part: tuple[float, float] =
         starts = sorted({*range(begin, last + 1, stride), last})
         windows += [(s, start, start + size) for start in starts]
         context = size - 1
-        origins = range(max(begin, 1), end - horizon + 1, horizon)
+        origins = range(max(begin, config.output.season), end - horizon + 1, horizon)
         forecasts += [(s, max(0, at - context), at) for at in origins]
     digest = hashlib.sha256(f"{table.fingerprint} {part} {window} {horizon}".encode()).hexdigest()
 
