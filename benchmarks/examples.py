@@ -326,8 +326,7 @@ def compare(bench: Bench, work: str, part: str, size: Size, plain: str, unit: st
 
 def speeds(rates: dict[str, list[float]], unit: str, floors: dict[str, float]) -> dict[str, Any]:
     """The sides' rates and their ratios to the first in the same round; shown and as a part of a row."""
-    first = next(iter(rates.values()))
-    first = rates["plain torch, fp32"] if "plain torch, fp32" in rates else first
+    first = rates.get("plain torch, fp32", next(iter(rates.values())))
     found = {}
     for name in sorted(rates, key=lambda name: [side.name for side in sides("")].index(name)):
         ratios = [rate / plain for rate, plain in zip(rates[name], first, strict=True)]
@@ -427,9 +426,7 @@ def classification(root: Path, size: Size, data: Path | None) -> list[dict[str, 
             return name.replace("reader.table", "embedding.weight").replace("writer.classes.", "output.")
 
         reviews = made_up_reviews(min(size.examples, 12_800), random)
-        bench = Bench(
-            root / f"classification-{layers}", reviews, config, settings, plain_classification, as_plain
-        )
+        bench = Bench(root / f"classification-{layers}", reviews, config, settings, plain_classification, as_plain)
         print(f"made-up reviews: {len(reviews):,} of {bench.examples.lengths.mean():.1f} characters on average")
         work = f"classification, training, LSTM {layers} x {hidden} in both directions, batch 64"
         rows.append(compare(bench, work, "classification", size, "plain_classification.py", "characters"))
