@@ -37,11 +37,14 @@ class Pictures(Input):
         scale: of red, green and blue, as the training part has them.
     """
 
+    frames: ClassVar[bool] = False
+    """Whether many pictures make one example, and padding stands among them."""
+
     def __init__(self, size: int, scale: Scale) -> None:
         self.size, self.scale = size, scale
 
     def reader(self, config: Config) -> nn.Module:
-        return ImageReader(self.size, self.scale, config.input.features)
+        return ImageReader(self.size, self.scale, config.input.features, frames=self.frames)
 
     def to_json(self) -> dict[str, Any]:
         return {"size": self.size, "scale": self.scale.to_json()}
@@ -205,7 +208,11 @@ class _Scaling(nn.Module):
 
 class ImageReader(nn.Module):
     """Pictures -> vectors: a small convolutional network, then a linear layer on each region, the mean of all regions,
-    and LayerNorm: a core's gates would soon be saturated by vectors that grow at will, and nothing learnt any more.
+    and a norm: a core's gates would soon be saturated by vectors that grow at will, and nothing learnt any more.
+
+    Of images it is BatchNorm, which takes away what all of them have in common: a core that writes learns first to
+    write what suits any image, and would do so through vectors that are all alike. Of frames it is LayerNorm, since
+    padding stands among them.
 
     Four convolutions 3 x 3, the first three of stride 2: without pooling there is half the work, and half to keep for
     the backward. Each is followed by GroupNorm and ReLU; the norm is of one picture alone, where BatchNorm would mix in
@@ -215,9 +222,10 @@ class ImageReader(nn.Module):
         size: s, pixels a side.
         scale: of the three colours.
         features: I, the size of a step's vector.
+        frames: whether the pictures are those of films.
     """
 
-    def __init__(self, size: int, scale: Scale, features: int) -> None:
+    def __init__(self, size: int, scale: Scale, features: int, *, frames: bool = False) -> None:
         super().__init__()
         self.step_size = features
         self.scaling = _Scaling(size, scale)
@@ -227,7 +235,7 @@ class ImageReader(nn.Module):
             layers += [nn.Conv2d(below, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
         self.linear = nn.Linear(widths[-1], features)
-        self.norm = nn.LayerNorm(features)
+        self.norm = nn.LayerNorm(features) if frames else _BatchNorm(features)
         self.at_once = max(1, _PIXELS_AT_ONCE // size**2)
 
     def forward(self, pixels: UInt8[Tensor, "T B s s 3"]) -> Float[Tensor, "T B I"]:
@@ -236,16 +244,20 @@ class ImageReader(nn.Module):
         Of many pictures a limited number is in work at a time, so that a film needs no more memory than its bytes and
         vectors; with a gradient too: what lies between is then computed again in the backward, to the same bits.
         """
-        steps, batch = pixels.shape[:2]
+        steps = pixels.shape[0]
         flat, changes = self._in_line(pixels)
         if len(flat) <= self.at_once:
-            return self._vectors(flat, changes).view(steps, batch, -1)
+            return self._normed(self._vectors(flat, changes), steps)
         vectors = []
         for start in range(0, len(flat), self.at_once):
             part = slice(start, start + self.at_once)
             given = flat[part], None if changes is None else changes[part]
             vectors.append(checkpoint(self._vectors, *given, use_reentrant=False, preserve_rng_state=False))
-        return torch.cat(vectors).view(steps, batch, -1)
+        return self._normed(torch.cat(vectors), steps)
+
+    def _normed(self, vectors: Float[Tensor, "N I"], steps: int) -> Float[Tensor, "T B I"]:
+        normed: Tensor = self.norm(vectors)
+        return normed.view(steps, -1, self.step_size)
 
     def regions(self, pixels: UInt8[Tensor, "1 B s s 3"]) -> Float[Tensor, "R B I"]:
         """A vector for each of R regions of an image, row by row from its upper left, for attention to look at; their
@@ -266,8 +278,16 @@ class ImageReader(nn.Module):
 
     def _vectors(self, pixels: Tensor, changes: Tensor | None) -> Tensor:
         """[N s s 3] -> [N I]"""
-        vectors: Tensor = self.norm(self._regions(pixels, changes).mean(1))
-        return vectors
+        return self._regions(pixels, changes).mean(1)
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """A batch of one picture has no deviation: it is normed as in evaluation."""
+
+    def forward(self, input: Float[Tensor, "N I"]) -> Float[Tensor, "N I"]:
+        if len(input) > 1 or not self.training:
+            return super().forward(input)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 _PIXELS_AT_ONCE = 2**19

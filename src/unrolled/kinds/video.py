@@ -30,6 +30,7 @@ class Video(Pictures):
     `frame_times`)."""
 
     kind: ClassVar[str] = "video"
+    frames: ClassVar[bool] = True
 
     @classmethod
     def check(cls, value: Any) -> None:
