@@ -2,23 +2,23 @@
 
     python recipes/run.py NAME --data DIR [--out DIR] [--model NAME] [--set KEY=VALUE ...] [--resume | --force]
 
-Checks that DIR holds the recipe's data (sha256), prepares train.txt and valid.txt, calls `unrolled train` and
-`unrolled evaluate` on the held-out part for each of the recipe's models, and leaves train.log and result.json beside
-the model folders. The commands are printed as they run, to be run by hand as well.
+Checks that DIR holds the recipe's data (sha256), prepares its files, calls `unrolled train` and `unrolled evaluate` on
+them for each of the recipe's models, and leaves train.log and result.json beside the model folders. The commands are
+printed as they run, to be run by hand as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
-import lzma
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,44 +33,15 @@ class RecipeError(Exception):
     """What keeps a recipe from running, said to the user in one line."""
 
 
-# ---------------------------------------------------------------------------------------- preparing the data
-
-
-def split_by_position(text: str) -> tuple[str, str]:
-    """The first 90 % of the characters to train, the last 10 % held out."""
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
-
-
-def verses_by_chapter(table: str) -> tuple[str, str]:
-    """The column `ko` of a table of Bible verses, a verse a line, in order; about a tenth of the chapters is held out.
-
-    A chapter is held out if the sha256 of its name (`Genesis 1`) is divisible by ten: whole chapters from all books, so
-    that the text runs on within each and both parts are of one kind.
-    """
-    header, *rows = table.splitlines()
-    columns = header.split("\t")
-    ref, ko = columns.index("ref"), columns.index("ko")
-    parts: tuple[list[str], list[str]] = ([], [])
-    for row in rows:
-        cells = row.split("\t")
-        chapter = cells[ref].rsplit(":", 1)[0]
-        held_out = int(hashlib.sha256(chapter.encode()).hexdigest(), 16) % 10 == 0
-        parts[held_out].append(cells[ko] + "\n")
-    return "".join(parts[0]), "".join(parts[1])
-
-
-PREPARE: dict[str, Callable[[str], tuple[str, str]]] = {
-    "split_by_position": split_by_position,
-    "verses_by_chapter": verses_by_chapter,
-}
+# ------------------------------------------------------------------------------------------ what a recipe says
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """`recipe.yaml` of a recipe's folder.
 
-    Keys: data (file name -> sha256; any one of the files will do), prepare (a function of this script), models
-    (name -> config file).
+    Keys: data (a list: file name -> sha256 of files of which any one will do), train and test (arguments of `unrolled
+    train` and `unrolled evaluate` in the folder with the prepared files), models (name -> config file), figures (which
+    of the evaluation's are shown; `naive.mase` is `mase` within `naive`).
 
     Raises:
         RecipeError: there is none.
@@ -87,15 +58,29 @@ def recipe_names() -> list[str]:
     return sorted(path.parent.name for path in HERE.glob("*/recipe.yaml"))
 
 
-def find_data(recipe: dict[str, Any], data: Path) -> Path:
-    """The recipe's file in the folder `data`, its sha256 checked.
+def load_prepare(folder: Path) -> Callable[[Path, Path], None]:
+    """`prepare` of a recipe's prepare.py: reads data in the first folder, writes files to the second."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{folder.name}", folder / "prepare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    prepare: Callable[[Path, Path], None] = module.prepare
+    return prepare
+
+
+def find_data(recipe: dict[str, Any], data: Path) -> dict[str, str]:
+    """The recipe's files in the folder `data`, name -> sha256, which is checked.
 
     Raises:
-        RecipeError: it is missing or another one.
+        RecipeError: one is missing or another one.
     """
-    wanted: dict[str, str] = recipe["data"]
+    return dict(_find(wanted, data) for wanted in recipe["data"])
+
+
+def _find(wanted: dict[str, str], data: Path) -> tuple[str, str]:
     for name, expected in wanted.items():
-        path: Path = data / name
+        path = data / name
         if not path.is_file():
             continue
         found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -104,19 +89,10 @@ def find_data(recipe: dict[str, Any], data: Path) -> Path:
                 f"{path} is not the file that this recipe was made with: its sha256 is {found}, expected {expected}. "
                 "Get it from the source that the recipe's README.md names"
             )
-        return path
+        return name, expected
     raise RecipeError(
         f"{data} has no {' or '.join(wanted)}: the recipe's README.md says where to get it; name its folder with --data"
     )
-
-
-def prepare(recipe: dict[str, Any], data: Path, out: Path) -> None:
-    """Write train.txt and valid.txt to `out`."""
-    content = data.read_bytes()
-    text = (lzma.decompress(content) if data.suffix == ".xz" else content).decode("utf-8")
-    for name, part in zip(("train.txt", "valid.txt"), PREPARE[recipe["prepare"]](text), strict=True):
-        (out / name).write_text(part, "utf-8", newline="\n")
-        print(f"{out / name}: {len(part):,} characters", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -147,48 +123,60 @@ def run(
     models: dict[str, str] = recipe["models"]
     if only is not None and only not in models:
         raise RecipeError(f"the recipe has no model {only!r}: choose from {', '.join(models)}")
-    source = find_data(recipe, data)
+    found = find_data(recipe, data)
     out.mkdir(parents=True, exist_ok=True)
-    prepare(recipe, source, out)
-    sha256 = recipe["data"][source.name]
+    load_prepare(folder)(data, out)
     path = out / "result.json"
+    prepared = sorted(file.name for file in out.iterdir() if file.is_file() and file != path)
+    print(f"prepared: {', '.join(prepared)}", flush=True)
+    print(f"$ cd {shlex.quote(str(out))}", flush=True)
     old = json.loads(path.read_text("utf-8"))["models"] if only and path.exists() else {}
-    result: dict[str, Any] = {"recipe": folder.name, "data": {source.name: sha256}, "machine": examine(), "models": old}
+    result: dict[str, Any] = {"recipe": folder.name, "data": found, "machine": examine(), "models": old}
     for name, config in models.items():
         if only is None or name == only:
-            result["models"][name] = train_and_evaluate(name, folder / config, out, overrides or [], more or [])
+            train = [*recipe["train"], "--config", str((folder / config).resolve()), "--out", name]
+            train += [part for setting in overrides or [] for part in ("--set", setting)]
+            evaluate = ["evaluate", name, *recipe["test"], "--json"]
+            result["models"][name] = train_and_evaluate(out / name, ["train", *train], evaluate, more or [])
             path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print()
     for name, model in result["models"].items():
-        score = model["evaluation"]
-        print(
-            f"{name}: {score['nats_per_char']:.4f} nats, {score['bits_per_char']:.4f} bits per character on "
-            f"{score['characters']:,} characters ({score['unknown']} unknown symbols); trained "
-            f"{model['train_seconds']:,.0f} s"
-        )
+        print(f"{name}: {told(model['evaluation'], recipe['figures'])}; trained {model['train_seconds']:,.0f} s")
     print(f"written: {path}")
     return result
 
 
-def train_and_evaluate(name: str, config: Path, out: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
-    """One model of the recipe, in `out/name`; what result.json says of it. more: `--resume` or `--force`."""
-    model = out / name
+def told(evaluation: dict[str, Any], names: Sequence[str]) -> str:
+    """Of the evaluation's figures those with these names, as people read them; not all models have all."""
+    parts = []
+    for name in names:
+        value: Any = evaluation
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            parts.append(f"{name} {shown}")
+    return ", ".join(parts)
+
+
+def train_and_evaluate(model: Path, train: list[str], evaluate: list[str], more: Sequence[str]) -> dict[str, Any]:
+    """One model of the recipe, in the folder `model`; what result.json says of it.
+
+    train, evaluate: the commands, to be run in the folder above; more: `--resume` or `--force`.
+    """
     begun = (model / "config.yaml").exists()
     if begun and not more:
         raise RecipeError(
             f"{model} holds a model: go on with it (--resume), replace it (--force) or name another --out"
         )
-    train = ["train", str(out / "train.txt"), "--valid", str(out / "valid.txt"), "--config", str(config)]
-    train += ["--out", str(model), *(part for setting in overrides for part in ("--set", setting))]
-    train += more if begun else []
-    evaluate = ["evaluate", str(model), str(out / "valid.txt"), "--json"]
+    train = [*train, *(more if begun else [])]
     began = time.monotonic()
     model.mkdir(exist_ok=True)
     with (model / "train.log").open("a" if "--resume" in train else "w", encoding="utf-8") as log:
-        follow(train, log)
+        follow(train, model.parent, log)
     train_seconds = time.monotonic() - began
-    evaluation = json.loads(capture(evaluate))
-    print(json.dumps(evaluation))
+    evaluation = json.loads(capture(evaluate, model.parent))
+    print(json.dumps(evaluation, ensure_ascii=False))
     return {
         "config": yaml.safe_load((model / "config.yaml").read_text("utf-8")),
         "weights": weights_in((model / "train.log").read_text("utf-8")),
@@ -208,8 +196,8 @@ def shown(command: list[str]) -> str:
     return shlex.join(["unrolled", *command])
 
 
-def follow(command: list[str], log: TextIO) -> None:
-    """Run `unrolled ...`, what it says on the screen and in the log.
+def follow(command: list[str], folder: Path, log: TextIO) -> None:
+    """Run `unrolled ...` in a folder, what it says on the screen and in the log.
 
     Raises:
         RecipeError: it failed.
@@ -222,7 +210,12 @@ def follow(command: list[str], log: TextIO) -> None:
 
     tell(f"$ {shown(command)}\n")
     full = [sys.executable, "-m", "unrolled", *command]
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    streams: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "encoding": "utf-8",
+        "cwd": folder,
+    }
     with subprocess.Popen(full, **streams) as process:
         assert process.stdout is not None
         while True:
@@ -238,16 +231,15 @@ def follow(command: list[str], log: TextIO) -> None:
         raise RecipeError(f"it failed with exit code {process.returncode}: {shown(command)}")
 
 
-def capture(command: list[str]) -> str:
-    """Run `unrolled ...` and return what it prints on standard output.
+def capture(command: list[str], folder: Path) -> str:
+    """Run `unrolled ...` in a folder and return what it prints on standard output.
 
     Raises:
         RecipeError: it failed.
     """
     print(f"$ {shown(command)}", flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "unrolled", *command], stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False
-    )
+    full = [sys.executable, "-m", "unrolled", *command]
+    done = subprocess.run(full, stdout=subprocess.PIPE, encoding="utf-8", cwd=folder, check=False)
     if done.returncode:
         raise RecipeError(f"it failed with exit code {done.returncode}: {shown(command)}")
     return done.stdout

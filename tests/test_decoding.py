@@ -531,9 +531,10 @@ def test_the_kernels_write_what_the_reference_writes(cell: str, unit: str, setti
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_scores_that_are_not_finite_are_refused(backend: str, temperature: float) -> None:
+@pytest.mark.parametrize("which, score", [(slice(2, 3), math.nan), (slice(2, 3), math.inf), (slice(None), -math.inf)])
+def test_scores_that_are_not_finite_are_refused(backend: str, temperature: float, which: slice, score: float) -> None:
     model = small_model(dtype=torch.float32, backend=backend)
     with torch.no_grad():
-        model.writer.bias[2] = torch.nan
+        model.writer.bias[which] = score
     with pytest.raises(ModelError, match=r"^the model's scores are not finite: its weights or its state hold NaN"):
         next(generate(model, PROMPT, temperature=temperature))

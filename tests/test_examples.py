@@ -99,3 +99,12 @@ def test_the_readmes_python_is_the_example(readme: str) -> None:
     assert LANGUAGE_MODEL.read_text("utf-8") in blocks, (
         f"the Python in {readme} is not examples/language_model.py: copy that file into its ```python block"
     )
+
+
+def test_the_notes_network_learns_hello(capsys: pytest.CaptureFixture[str]) -> None:
+    """One-hot letters, three hidden units, no biases: what it prints is in docs/lecture-notes.md."""
+    assert main_of(ROOT / "examples" / "hello.py")() == "hello"
+    said = capsys.readouterr().out
+    assert said.count("x_1 = h") == 2
+    assert "update   1: loss 1.3" in said, "about ln 4: four letters are equally likely"
+    assert "It writes: hello" in said

@@ -428,3 +428,149 @@ def test_data_from_python_may_be_any_iterable(tmp_path: Path) -> None:
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         unrolled.train([], tmp_path / "m", input="text", output="label")
+
+
+@pytest.mark.parametrize("unit", ["word", "char", "word+char"])
+def test_labels_stream_with_no_delay(unit: str, tmp_path: Path) -> None:
+    """Law 1: fed step by step, a model gives at each step what it gives to the whole, at once."""
+    settings = {**TINY, "unit": unit, "steps": 5, "layers": 2}
+    model = unrolled.train(rows(40), tmp_path / "m", input="text", output="labels:tags", **settings)
+    text = model.ends.input
+    steps = text.collate([text.encode(value) for value in ("a good film", "싫다 very much 영화")])
+    state, streamed = model.begin(batch=2), []
+    with torch.inference_mode():
+        for t in range(int(steps.lengths.max())):
+            grids = [x[t : t + 1] for x in steps.tensors[: 2 if unit == "word+char" else 1]]
+            one = steps._replace(tensors=(*grids, *steps.tensors[len(grids) :]), ends=None, words=None)
+            scores, state = model.step(one, state)
+            streamed.append(scores)
+        hidden = model.core(model.reader(*steps.tensors), lengths=steps.lengths).outputs
+        whole = model.writer.at(hidden)
+    for b, length in enumerate(steps.lengths.tolist()):
+        assert torch.equal(torch.stack(streamed)[:length, b], whole[:length, b])
+
+
+def test_what_needs_the_future_cannot_stream(tmp_path: Path) -> None:
+    settings = {**TINY, "steps": 1, "bidirectional": True}
+    model = unrolled.train(rows(40), tmp_path / "m", input="text", output="labels:tags", **settings)
+    text = model.ends.input
+    with pytest.raises(ModelError, match="bidirectional core needs the whole sequence"):
+        model.step(text.collate([text.encode("a")]), model.begin())
+    model = unrolled.train(rows(40), tmp_path / "n", input="text", output="label", **{**TINY, "steps": 1})
+    with pytest.raises(ModelError, match="one answer to the whole input"):
+        model.begin()
+
+
+# ---------------------------------------------------------------------------------- numbers, pictures and films
+
+
+def test_a_label_a_frame_from_a_table_with_groups(tmp_path: Path) -> None:
+    """`--input series:x,y --output labels:phase --group video`: the sign of a sum so far, which takes a memory."""
+    draw = random.Random(0)
+    lines = ["video,x,y,phase"]
+    for v in range(40):
+        total = 0.0
+        for _ in range(draw.randint(5, 12)):
+            x, y = draw.choice([-1, 1]), draw.gauss(0, 1)
+            total += x
+            lines.append(f"v{v},{x},{y:.3f},{'up' if total > 0 else 'down'}")
+    (tmp_path / "frames.csv").write_text("\n".join(lines) + "\n")
+    model = unrolled.train(
+        tmp_path / "frames.csv", tmp_path / "m", input="series:x,y", output="labels:phase", group="video",
+        **{**TINY, "epochs": 30, "embedding": None},
+    )  # fmt: skip
+    assert str(model.form) == "series -> labels: many-to-many, aligned, no delay (a label per step)"
+    figures = unrolled.evaluate(model, tmp_path / "frames.csv")
+    assert figures["accuracy"] > 0.9, figures
+    assert figures["examples"] == 40
+
+
+def test_a_series_is_forecast_from_the_command_line(tmp_path: Path) -> None:
+    """A wave of twelve steps: far better than no change, and no worse than a season ago."""
+    import math
+
+    lines = ["OT", *(f"{10 + math.sin(2 * math.pi * t / 12):.4f}" for t in range(600))]
+    (tmp_path / "power.csv").write_text("\n".join(lines) + "\n")
+    flags = ["--hidden", 16, "--layers", 1, "--dropout", 0, "--window", 24, "--horizon", 6, "--epochs", 8, "--lr", 0.02]
+    ends = ["--input", "series:OT", "--output", "next"]
+    done = run("train", tmp_path / "power.csv", *ends, *flags, "--out", tmp_path / "m", "--batch-size", 8)
+    assert done.returncode == 0, done.stderr
+    assert "series -> next: many-to-many, aligned, autoregressive (forecasting)" in done.stderr
+    figures = json.loads(run("evaluate", tmp_path / "m", tmp_path / "power.csv", "--json").stdout)
+    assert figures["mase"] < 0.2 * figures["naive"]["mase"]
+    (line,) = run("predict", tmp_path / "m", tmp_path / "power.csv").stdout.splitlines()
+    found = [float(step) for step in line.split("; ")]
+    assert found == pytest.approx([10 + math.sin(2 * math.pi * t / 12) for t in range(600, 606)], abs=0.25)
+
+
+def picture(tall: bool, at: int) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.full((16, 16, 3), 255, np.uint8)
+    pixels[(slice(2, 14), slice(at, at + 3)) if tall else (slice(at, at + 3), slice(2, 14))] = 0
+    return Image.fromarray(pixels)
+
+
+def test_pictures_are_named_and_described(tmp_path: Path) -> None:
+    """image -> text, one core, fed its words or zeros; image -> label."""
+    pytest.importorskip("PIL")
+    lines = ["file\tcaption\tlabel"]
+    for at in range(2, 12):
+        for tall in (True, False):
+            picture(tall, at).save(tmp_path / f"{tall}{at}.png")
+            lines.append(f"{tall}{at}.png\t{'tall bar' if tall else 'flat one'}\t{'tall' if tall else 'flat'}")
+    (tmp_path / "captions.tsv").write_text("\n".join(lines * 1) + "\n")
+    settings = {**TINY, "size": 16, "features": 16, "epochs": 60, "batch_size": 8, "lr": 0.003, "cell": "gru",
+                "embedding": None}  # fmt: skip
+    for feed in ("word", "zeros"):
+        model = unrolled.train(
+            tmp_path / "captions.tsv", tmp_path / feed, input="image:file", output="text:caption",
+            **{**settings, "output.unit": "word", "feed": feed},
+        )  # fmt: skip
+        assert "one-to-many" in str(model.form)
+        figures = unrolled.evaluate(model, tmp_path / "captions.tsv")
+        assert figures["exact"] > 0.9, figures
+    (answer,) = predict(model, [tmp_path / "True5.png"])
+    assert answer.text == "tall bar"
+    model = unrolled.train(
+        tmp_path / "captions.tsv", tmp_path / "label", input="image:file", output="label:label", **settings
+    )
+    assert unrolled.evaluate(model, tmp_path / "captions.tsv")["accuracy"] > 0.9
+    (tmp_path / "True5.png").write_bytes(b"no picture")
+    unrolled.train(
+        tmp_path / "captions.tsv", tmp_path / "bad", input="image:file", output="label:label", skip_bad=True,
+        **{**settings, "steps": 1},
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"captions\.tsv, line 8: .*True5\.png"):
+        unrolled.evaluate(model, tmp_path / "captions.tsv")
+    assert unrolled.evaluate(model, tmp_path / "captions.tsv", skip_bad=True)["left_out"] == 1
+
+
+def test_films_are_labelled_frame_by_frame(tmp_path: Path) -> None:
+    """A row a frame: rows of one file are one film. Bright or dark, seen at once; one direction, so no delay."""
+    av = pytest.importorskip("av")
+    import numpy as np
+
+    draw = random.Random(1)
+    lines = ["file,phase"]
+    for v in range(8):
+        phases = [draw.choice(["light", "dark"]) for _ in range(10)]
+        with av.open(str(tmp_path / f"{v}.mp4"), "w") as film:
+            stream = film.add_stream("mpeg4", rate=10)
+            stream.width = stream.height = 32
+            stream.pix_fmt = "yuv420p"
+            for phase in phases:
+                pixels = np.full((32, 32, 3), 220 if phase == "light" else 30, np.uint8)
+                film.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            film.mux(stream.encode())
+        lines += [f"{v}.mp4,{phase}" for phase in phases]
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+    settings = {**TINY, "size": 8, "features": 8, "epochs": 30, "batch_size": 2, "lr": 0.01, "embedding": None}
+    model = unrolled.train(
+        tmp_path / "clips.csv", tmp_path / "m", input="video:file", output="labels:phase", **settings
+    )
+    assert str(model.form) == "video -> labels: many-to-many, aligned, no delay (frame-level video)"
+    figures = unrolled.evaluate(model, tmp_path / "clips.csv")
+    assert figures["accuracy"] > 0.9, figures
+    assert figures["tokens"] == 80

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ends import Small, again, config_of
 
-from unrolled.errors import DataError
+from unrolled.errors import ConfigError, DataError
 from unrolled.kinds.contract import OUTPUTS, Targets
 from unrolled.kinds.next import Next, SeriesWriter
 from unrolled.kinds.series import Series
@@ -90,6 +90,20 @@ def test_what_is_to_be_forecast_is_what_is_read() -> None:
     )
     with pytest.raises(DataError, match="expected 2 numbers a step, got 1"):
         Next.learn([LONG], chosen).encode(SHORT[:, :1])
+
+
+def test_only_the_series_that_is_read_can_be_forecast() -> None:
+    chosen = config()
+    with pytest.raises(ConfigError) as caught:
+        Small(chosen, Series.learn([LONG[:, :1]], chosen), Next.learn([LONG], chosen))
+    assert str(caught.value) == "output.kind: next forecasts the series that is read: expected input.kind series"
+
+
+@pytest.mark.parametrize("season, wanted", [(1, [6, 6, 6, 6, 6]), (3, [4, 5, 6, 4, 5]), (9, [6, 6, 6, 6, 6])])
+def test_the_trivial_forecast_is_that_of_one_season_ago(season: int, wanted: list[int]) -> None:
+    chosen = config(f"output.season={season}", "output.horizon=5")
+    learnt = Next.learn([LONG], chosen)
+    np.testing.assert_array_equal(learnt.trivial(SHORT, chosen), SHORT[wanted])
 
 
 # --- the loss

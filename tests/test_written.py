@@ -160,7 +160,7 @@ def test_scheduled_sampling_reads_what_the_model_writes() -> None:
     model.writer._unroll = spy
     model.loss(steps, targets)
     forced, mixed = seen
-    own = model.writer.scores(unrolled(forced, *model.writer._encode(*_reading(model, steps)), None, *_run(model)))
+    own = model.writer.output(unrolled(forced, *model.writer._encode(*_reading(model, steps)), None, *_run(model)))
     assert torch.equal(mixed[0], forced[0])
     assert torch.equal(mixed[1:], own[:-1].argmax(-1))
     assert torch.equal(forced[1:], targets.tensors[0][:-1])

@@ -121,7 +121,7 @@ struct CrossEntropy {
     int64_t x_row;
     const float* weight;      // [N K] in
     const float* bias;        // [N] in, or null
-    const int64_t* targets;   // [M] in, 0..N-1, or negative: the row is not counted
+    const int64_t* targets;   // [M] in, 0..N-1, or negative: the row is not counted, may hold anything, and its d_x is zero
     double* loss;             // [1] out: nats
     float* d_x;               // [M K] out; null: gradients are not wanted
     float* d_weight;          // [N K] out
@@ -143,8 +143,8 @@ struct Writing {
     Packed output_packed;
     float* h;                     // [layers H] in and out: the state
     float* c;                     // [layers H] in and out, lstm
-    const uint8_t* barred;        // [V] true: never written; or null
-    const uint8_t* barred_first;  // [V] the same for the first symbol only, or null
+    const uint8_t* barred;        // [V] true: not written; or null: all symbols may be
+    const uint8_t* barred_first;  // [V] in the place of `barred` for the first symbol of this call; or null: `barred` is
     double repetition_penalty;    // 1: none
     int64_t repetition_window;
     double temperature;           // 0: the highest score, the first of equal ones
@@ -155,7 +155,8 @@ struct Writing {
     int64_t* recent;              // [repetition_window] in and out: the last symbols read or written, oldest first, at
     int64_t* recent_count;        // [1] its end; how many there are
     int64_t last;                 // the symbol read first
-    int64_t* written;             // [count] out; -1 from where the scores were NaN or infinite
+    int64_t* written;             // [count] out; -1 from where there was nothing to choose by: of the symbols that are not
+                                  // barred one score was NaN or +infinity, or all were -infinity, or there are none
 };
 
 // What one instruction set offers. `threads`: at most so many; results do not depend on it (sums over rows are split

@@ -26,17 +26,17 @@ void pack_linear_weights(int64_t N, int64_t K, const float* weight, std::byte* i
     });
 }
 
-// Rows of x as operands: themselves, or rounded copies in `copies`.
-template <class Number>
-void operand_rows(const float* x, int64_t stride, int64_t first, int64_t last, int64_t K, ElementOf<Number>* copies,
+// Rows first to last, which lie at row(m), as operands: themselves, or rounded copies in `copies`.
+template <class Number, class Row>
+void operand_rows(Row row, int64_t first, int64_t last, int64_t K, ElementOf<Number>* copies,
                   Vector<const ElementOf<Number>*>& rows) {
     rows.clear();
     for (int64_t m = first; m < last; ++m) {
-        if constexpr (std::is_same_v<Number, Float32>) {
-            rows.push_back(x + m * stride);
+        if constexpr (!rounds<Number>) {
+            rows.push_back(row(m));
         } else {
             ElementOf<Number>* to = copies + (m - first) * padded<Number>(K);
-            Number::store_row(to, x + m * stride, K);
+            Number::store_row(to, row(m), K);
             for (int64_t k = K; k < padded<Number>(K); ++k) to[k] = ElementOf<Number>{};
             rows.push_back(to);
         }
@@ -67,11 +67,11 @@ void linear_layer(const Linear& given, int threads) {
         Vector<const ElementOf<Number>*> from;
         Vector<float*> to;
         Scratch copies;
-        if constexpr (!std::is_same_v<Number, Float32>)
+        if constexpr (rounds<Number>)
             copies = Scratch(static_cast<size_t>(rows_at_once * padded<Number>(l.K)) * sizeof(ElementOf<Number>));
         for (int64_t m = rows.first; m < rows.last; m += rows_at_once) {
             const int64_t end = std::min(m + rows_at_once, rows.last);
-            operand_rows<Number>(l.x, l.x_row, m, end, l.K, copies.as<ElementOf<Number>>(), from);
+            operand_rows<Number>([&](int64_t i) { return l.x + i * l.x_row; }, m, end, l.K, copies.as<ElementOf<Number>>(), from);
             to.clear();
             for (int64_t i = m; i < end; ++i) to.push_back(l.y + i * l.N);
             product<Number>(panels, range, operand, l.bias, from.data(), to.data(), end - m);
@@ -116,12 +116,18 @@ inline double cross_entropy_row(float* scores, int64_t n, int64_t target, bool g
     return std::log(static_cast<double>(rest)) - wanted;
 }
 
-// Rows in blocks: scores of a block, its losses and their gradient in place, then the three products from it.
+// Rows in blocks: scores of a block, its losses and their gradient in place, then the three products from it. A row that
+// is not counted takes no part in any of them: whatever it holds, NaN too, reaches nothing.
 template <class Number>
 void cross_entropy_layer(const CrossEntropy& c, int threads) {
     using Element = ElementOf<Number>;
     const bool gradient = c.d_x != nullptr;
     const Plain columns{c.N}, inputs{c.K};
+    Vector<int64_t> counted;
+    for (int64_t m = 0; m < c.M; ++m)
+        if (c.targets[m] >= 0) counted.push_back(m);
+    const int64_t M = static_cast<int64_t>(counted.size());
+    const auto x = [&](int64_t i) { return c.x + counted[i] * c.x_row; };
     // Large enough for efficient sums over its rows, and at most some 16 MB of scores.
     const int64_t block = std::clamp<int64_t>((int64_t{4} << 20) / std::max<int64_t>(c.N, 1), 32, summed_at_once);
     const int64_t scores_row = (c.N + 1 + 15) / 16 * 16;
@@ -129,15 +135,14 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
     Scratch forward_pack(packed_linear_size_of<Number>(c.N, c.K));
     pack_linear_weights<Number>(c.N, c.K, c.weight, forward_pack.data(), threads);
     Scratch backward_pack;
-    const int64_t pass = inputs.panels() * panel_elements<Number, Plain>(std::min(block, c.M));
+    const int64_t pass = inputs.panels() * panel_elements<Number, Plain>(std::min(block, M));
     Scratch scores_block(static_cast<size_t>(block * scores_row) * 4), operands, right, d_operands;
-    constexpr bool copies = !std::is_same_v<Number, Float32>;
     if (gradient) {
         backward_pack = Scratch(packed_bytes<Number>(inputs, c.N));
         right = Scratch(static_cast<size_t>(std::max<int64_t>(pass, 1)) * sizeof(Element));
-        if (copies) d_operands = Scratch(static_cast<size_t>(block * scores_row) * sizeof(Element));
+        if (rounds<Number>) d_operands = Scratch(static_cast<size_t>(block * scores_row) * sizeof(Element));
     }
-    if (copies) operands = Scratch(static_cast<size_t>(block * K) * sizeof(Element));
+    if (rounds<Number>) operands = Scratch(static_cast<size_t>(block * K) * sizeof(Element));
     Vector<double> losses(static_cast<size_t>(block));
     double total = 0;
     Barrier barrier;
@@ -156,16 +161,18 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
                         static_cast<size_t>((my_columns.last - my_columns.first) * c.K) * 4);
             if (c.d_bias)
                 std::memset(c.d_bias + my_columns.first, 0, static_cast<size_t>(my_columns.last - my_columns.first) * 4);
+            const Range my_rows = share(c.M, index, count);
+            for (int64_t m = my_rows.first; m < my_rows.last; ++m)
+                if (c.targets[m] < 0) std::memset(c.d_x + m * c.K, 0, static_cast<size_t>(c.K) * 4);
         }
         barrier.wait(count);
-        for (int64_t m = 0; m < c.M; m += block) {
-            const int64_t end = std::min(m + block, c.M), n = end - m;
+        for (int64_t m = 0; m < M; m += block) {
+            const int64_t n = std::min(block, M - m);
             if (gradient)
-                pack_right<Number>(c.K, n, [&](int64_t k) { return c.x + (m + k) * c.x_row; }, right.as<Element>(), pass,
-                                   index, count);
+                pack_right<Number>(c.K, n, [&](int64_t k) { return x(m + k); }, right.as<Element>(), pass, index, count);
             const Range mine = share(n, index, count);
-            operand_rows<Number>(c.x, c.x_row, m + mine.first, m + mine.last, c.K,
-                                 copies ? operands.as<Element>() + mine.first * K : nullptr, rows);
+            operand_rows<Number>(x, m + mine.first, m + mine.last, c.K,
+                                 rounds<Number> ? operands.as<Element>() + mine.first * K : nullptr, rows);
             to.clear();
             for (int64_t i = mine.first; i < mine.last; ++i) to.push_back(scores_block.as<float>() + i * scores_row);
             const int64_t own = mine.last - mine.first;
@@ -174,15 +181,9 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
             d_rows.clear();
             for (int64_t i = mine.first; i < mine.last; ++i) {
                 float* scores = scores_block.as<float>() + i * scores_row;
-                const int64_t target = c.targets[m + i];
-                if (target < 0) {
-                    losses[static_cast<size_t>(i)] = 0;
-                    std::memset(scores, 0, static_cast<size_t>(c.N) * 4);
-                } else {
-                    losses[static_cast<size_t>(i)] = cross_entropy_row(scores, c.N, target, gradient);
-                }
+                losses[static_cast<size_t>(i)] = cross_entropy_row(scores, c.N, c.targets[counted[m + i]], gradient);
                 if (!gradient) continue;
-                if constexpr (copies) {
+                if constexpr (rounds<Number>) {
                     Element* to_row = d_operands.as<Element>() + i * scores_row;
                     Number::store_row(to_row, scores, c.N);
                     std::fill(to_row + c.N, to_row + scores_row, Element{});
@@ -193,7 +194,7 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
             }
             if (gradient) {
                 to.clear();
-                for (int64_t i = mine.first; i < mine.last; ++i) to.push_back(c.d_x + (m + i) * c.K);
+                for (int64_t i = mine.first; i < mine.last; ++i) to.push_back(c.d_x + counted[m + i] * c.K);
                 product<Number>(inputs, {0, inputs.panels()}, Operand<Number>{backward_pack.as<Element>(), nullptr, 0, c.N},
                                 nullptr, d_rows.data(), to.data(), own);
             }
@@ -203,7 +204,7 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
             if (gradient) {
                 d_rows.clear();
                 for (int64_t i = 0; i < n; ++i) {
-                    if constexpr (copies) d_rows.push_back(d_operands.as<Element>() + i * scores_row);
+                    if constexpr (rounds<Number>) d_rows.push_back(d_operands.as<Element>() + i * scores_row);
                     else d_rows.push_back(scores_block.as<float>() + i * scores_row);
                 }
                 product_over_steps<Number>(d_rows.data(), n, my_columns.first, my_columns.last, right.as<Element>(), pass,

@@ -43,7 +43,6 @@ struct Float32 {
     static UNROLLED_INLINE float put(float x) { return x; }
     static UNROLLED_INLINE vf put(vf x) { return x; }
     static UNROLLED_INLINE void store_lanes(float* to, vf x, int n) { store(to, x, n); }
-    static UNROLLED_INLINE vf load_lanes(const float* from, int n) { return load(from, n); }
     static UNROLLED_INLINE void store_row(float* to, const float* from, int64_t n) {
         std::memcpy(to, from, static_cast<size_t>(n) * 4);
     }
@@ -60,10 +59,6 @@ struct BFloat16 {
     static UNROLLED_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
     static UNROLLED_INLINE void store_lanes(uint16_t* to, vf x, int n) {
         _mm256_mask_storeu_epi16(to, first(n), halves(x));
-    }
-    static UNROLLED_INLINE vf load_lanes(const uint16_t* from, int n) {
-        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), from));
-        return vf(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
     }
     static UNROLLED_INLINE void store_row(uint16_t* to, const float* from, int64_t n) {
         int64_t i = 0;
@@ -84,7 +79,6 @@ struct BFloat16 {
     static UNROLLED_INLINE float put(float x) { return round_bf16(x); }
     static UNROLLED_INLINE vf put(vf x) { return round_bf16(x); }
     static UNROLLED_INLINE void store_lanes(float* to, vf x, int n) { store(to, round_bf16(x), n); }
-    static UNROLLED_INLINE vf load_lanes(const float* from, int n) { return load(from, n); }
     static UNROLLED_INLINE void store_row(float* to, const float* from, int64_t n) {
         int64_t i = 0;
         for (; i + L <= n; i += L) store(to + i, round_bf16(load(from + i)));
@@ -96,6 +90,10 @@ struct BFloat16 {
 
 template <class Number>
 using ElementOf = typename Number::Element;
+
+// Whether a number is rounded when it becomes an operand.
+template <class Number>
+constexpr bool rounds = !std::is_same_v<Number, Float32>;
 
 // Elements of a row of n as an operand: padded (with zeros) to whole multiply-adds.
 template <class Number>

@@ -241,7 +241,6 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
     using Element = ElementOf<Number>;
     using Panels = typename PanelsOf<C>::type;
     constexpr int G = gates(C);
-    constexpr bool own_operands = !std::is_same_v<Number, Float32>;
     const auto [T, B, I, H, lengths, resets, block_] = f.extent;
     const int64_t stride = f.directions * H;
     float* const outputs = f.outputs + d * H;
@@ -269,7 +268,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
     const Element* const zero_operand = zero_block.as<Element>();
     Scratch operand_block;
     Element* operands = shared_operands;
-    if constexpr (own_operands) {
+    if constexpr (rounds<Number>) {
         if (!plan.by_units) {
             operand_block = Scratch(static_cast<size_t>(2 * std::max<int64_t>(n, 1) * K) * sizeof(Element));
             operands = operand_block.as<Element>();
@@ -299,7 +298,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
     Scratch projected_block, x_block;
     if (!lookup && !in_place) projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
     const int64_t KI = padded<Number>(I);
-    if (!lookup && own_operands) x_block = Scratch(static_cast<size_t>(ahead * n * KI) * sizeof(Element));
+    if (!lookup && rounds<Number>) x_block = Scratch(static_cast<size_t>(ahead * n * KI) * sizeof(Element));
     const auto projected_row = [&](int64_t t, int64_t i, int64_t s) -> float* {
         const int64_t at = t * B + rows[i];
         if constexpr (C == Cell::rnn || C == Cell::rnn_relu) return outputs + at * stride;
@@ -320,7 +319,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                 const int64_t t = reverse ? T - 1 - s : s;
                 for (int64_t i = 0, m = plan.active(rows, t); i < m; ++i) {
                     const float* x = f.inputs.x + t * f.inputs.step + rows[i] * f.inputs.row;
-                    if constexpr (own_operands) {
+                    if constexpr (rounds<Number>) {
                         Element* to = x_block.as<Element>() + static_cast<int64_t>(x_rows.size()) * KI;
                         Number::store_row(to, x, I);
                         for (int64_t k = I; k < KI; ++k) to[k] = Element{};
@@ -344,7 +343,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                 const bool start = before < 0 || before >= plan.length(row);
                 const float* h_before = fresh ? zero : start ? f.h0[d] + row * H : outputs + (before * B + row) * stride;
                 step.h_before[i] = h_before;
-                if constexpr (own_operands) {
+                if constexpr (rounds<Number>) {
                     step.operand[i] = fresh ? zero_operand : operands + (((s + 1) & 1) * n + i) * K;
                     step.operand_after[i] = operands + ((s & 1) * n + i) * K;
                 } else {
@@ -431,6 +430,7 @@ void forward_layer(const Forward& given, int threads) {
 // The rows of one step on the way back. Entry i of each array is of the i-th active row; null pointers are zeros.
 template <class Number>
 struct BackRows {
+    const ElementOf<Number>* nothing;                   // the operand of a row that no later step gives anything
     Vector<const ElementOf<Number>*> operand;           // D of the step after, what W_hh was multiplied with
     Vector<const float*> carry_in;                      // [H] what reaches h without a product
     Vector<const float*> d_output, d_c_output;          // [H]
@@ -439,10 +439,11 @@ struct BackRows {
     Vector<const float*> d_c_in;                        // [H] lstm
     Vector<float*> d_c_out, carry_out;                  // [H] lstm; gru
     Vector<ElementOf<Number>*> d;                       // [columns of D] out
+    Vector<float*> d_exact;                             // [columns of D] out: D before it is rounded; null: not wanted
 
-    explicit BackRows(size_t n)
-        : operand(n), carry_in(n), d_output(n), d_c_output(n), h(n), h_before(n), c(n), c_before(n), tape(n), d_c_in(n),
-          d_c_out(n), carry_out(n), d(n) {}
+    BackRows(size_t n, const ElementOf<Number>* nothing_)
+        : nothing(nothing_), operand(n), carry_in(n), d_output(n), d_c_output(n), h(n), h_before(n), c(n), c_before(n),
+          tape(n), d_c_in(n), d_c_out(n), carry_out(n), d(n), d_exact(n) {}
 };
 
 // The gradients of a step's sums: rnn [H], lstm [4H] i f g o, gru [4H] n r z and the recurrent candidate's.
@@ -459,18 +460,25 @@ UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plai
     const vf one = splat(1.0f);
     for (int r = 0; r < R; ++r) {
         const int64_t i = first + r;
-        ElementOf<Number>* d = rows.d[i];
+        // Not left to a product with zeros, which is NaN where a weight is not finite.
+        const bool alone = rows.operand[i] == rows.nothing;
         for (int v = 0; v < Plain::NV; ++v) {
             const int n = panels.valid(panel, v);
             if (n == 0) break;
             const int64_t u = panels.column(panel, v);
-            const vf dh = sums.of[r][v] + load_or_zero(rows.carry_in[i], u, n) + load_or_zero(rows.d_output[i], u, n);
+            const auto put = [&](int64_t column, vf x) UNROLLED_LAMBDA_INLINE {
+                Number::store_lanes(rows.d[i] + column, x, n);
+                if constexpr (rounds<Number>)
+                    if (rows.d_exact[i] != nullptr) store(rows.d_exact[i] + column, x, n);
+            };
+            const vf dh = (alone ? splat(0) : sums.of[r][v]) + load_or_zero(rows.carry_in[i], u, n) +
+                          load_or_zero(rows.d_output[i], u, n);
             if constexpr (C == Cell::rnn) {
                 const vf h = load(rows.h[i] + u, n);
-                Number::store_lanes(d + u, dh * (one - h * h), n);
+                put(u, dh * (one - h * h));
             } else if constexpr (C == Cell::rnn_relu) {
                 const vf h = load(rows.h[i] + u, n);
-                Number::store_lanes(d + u, select(h <= splat(0), splat(0), dh), n);  // as torch: through NaN
+                put(u, select(h <= splat(0), splat(0), dh));  // as torch: through NaN
             } else if constexpr (C == Cell::lstm) {
                 const float* tape = rows.tape[i];
                 const vf in = load(tape + u, n), forget = load(tape + H + u, n);
@@ -478,10 +486,10 @@ UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plai
                 const vf t = tanh(load(rows.c[i] + u, n));
                 const vf dc = load_or_zero(rows.d_c_in[i], u, n) + load_or_zero(rows.d_c_output[i], u, n) +
                               dh * out * (one - t * t);
-                Number::store_lanes(d + u, dc * candidate * (in * (one - in)), n);
-                Number::store_lanes(d + H + u, dc * load_or_zero(rows.c_before[i], u, n) * (forget * (one - forget)), n);
-                Number::store_lanes(d + 2 * H + u, dc * in * (one - candidate * candidate), n);
-                Number::store_lanes(d + 3 * H + u, dh * t * (out * (one - out)), n);
+                put(u, dc * candidate * (in * (one - in)));
+                put(H + u, dc * load_or_zero(rows.c_before[i], u, n) * (forget * (one - forget)));
+                put(2 * H + u, dc * in * (one - candidate * candidate));
+                put(3 * H + u, dh * t * (out * (one - out)));
                 store(rows.d_c_out[i] + u, dc * forget, n);
             } else {
                 const float* tape = rows.tape[i];
@@ -490,10 +498,10 @@ UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plai
                 const vf through = dh * update;
                 const vf dn = (dh - through) * (one - candidate * candidate);
                 const vf h_before = load_or_zero(rows.h_before[i], u, n);
-                Number::store_lanes(d + u, dn, n);
-                Number::store_lanes(d + H + u, dn * recurrent * (reset * (one - reset)), n);
-                Number::store_lanes(d + 2 * H + u, dh * (h_before - candidate) * (update * (one - update)), n);
-                Number::store_lanes(d + 3 * H + u, dn * reset, n);
+                put(u, dn);
+                put(H + u, dn * recurrent * (reset * (one - reset)));
+                put(2 * H + u, dh * (h_before - candidate) * (update * (one - update)));
+                put(3 * H + u, dn * reset);
                 store(rows.carry_out[i] + u, through, n);
             }
         }
@@ -505,11 +513,12 @@ struct BackwardLayout {
     int64_t d_row;                                   // elements of a row of D
     size_t d_bytes, h_bytes, x_bytes;                // D of a piece; its right operands h before and x, packed
     int64_t h_pass, x_pass;                          // elements of one pass of a right operand
-    size_t first_d, carry, d_cell, zero, zero_bytes, total;
+    size_t first_d, carry, d_cell, zero, zero_bytes;
+    size_t exact, total;                             // D of a piece before it was rounded, if that is wanted
 };
 
 template <class Number, Cell C>
-BackwardLayout backward_layout(const Extent& e, bool lookup) {
+BackwardLayout backward_layout(const Extent& e, bool lookup, bool exact) {
     const auto round = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
     const size_t element = sizeof(ElementOf<Number>);
     const int64_t steps = std::min(e.block, e.T), K = steps * e.B;
@@ -527,8 +536,15 @@ BackwardLayout backward_layout(const Extent& e, bool lookup) {
     l.d_cell = l.carry + round(C == Cell::gru ? static_cast<size_t>(e.B * e.H) * 4 : 0);
     l.zero = l.d_cell + round(C == Cell::lstm ? static_cast<size_t>(e.B * e.H) * 4 : 0);
     l.zero_bytes = round(static_cast<size_t>(std::max(l.d_row, std::max(e.I, e.H) + 16)) * 4);
-    l.total = l.zero + l.zero_bytes;
+    l.exact = l.zero + l.zero_bytes;
+    l.total = l.exact + (exact ? round(static_cast<size_t>(K * l.d_row) * 4) : 0);
     return l;
+}
+
+// Whether sums of D that are no products are wanted: those of the biases and of the rows of a table.
+template <class Number>
+bool sums_exactly(const Backward& b, int d) {
+    return rounds<Number> && (b.d_bias_ih[d] != nullptr || b.d_bias_hh[d] != nullptr || b.d_table[d] != nullptr);
 }
 
 // Steps are gone through in pieces of `extent.block`. In each: D of the piece, by rows or by units; then, all threads
@@ -561,7 +577,8 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
     input.packed = lookup ? nullptr : reinterpret_cast<const Element*>(b.packed[d]);
     recurrent.packed = reinterpret_cast<const Element*>(b.packed[d] + (lookup ? 0 : packed_bytes<Number>(input_panels, KD)));
 
-    const BackwardLayout layout = backward_layout<Number, C>(b.extent, lookup);
+    const bool exact = sums_exactly<Number>(b, d);
+    const BackwardLayout layout = backward_layout<Number, C>(b.extent, lookup, exact);
     const int64_t D_row = layout.d_row;
     Element* const D[2] = {reinterpret_cast<Element*>(shared), reinterpret_cast<Element*>(shared + layout.d_bytes)};
     Element* const right_h = reinterpret_cast<Element*>(shared + 2 * layout.d_bytes);
@@ -570,6 +587,7 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
     float* const carry = reinterpret_cast<float*>(shared + layout.carry);
     float* const d_cell = reinterpret_cast<float*>(shared + layout.d_cell);
     const Element* const zero = reinterpret_cast<const Element*>(shared + layout.zero);
+    float* const D_exact = exact ? reinterpret_cast<float*>(shared + layout.exact) : nullptr;
 
     // Where row `row` of step t stands in its piece: the piece's steps in the order of time, rows by number.
     const auto piece_of = [&](int64_t t) { return (reverse ? T - 1 - t : t) / block; };
@@ -593,11 +611,11 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
         return t0;
     };
     int64_t piece_start[2] = {0, 0};
-    const auto d_of = [&](int64_t t, int64_t row) {
-        const int64_t piece = piece_of(t);
-        const int64_t slot = slots[piece & 1][static_cast<size_t>((t - piece_start[piece & 1]) * B + row)];
-        return D[piece & 1] + slot * D_row;
+    const auto slot_of = [&](int64_t t, int64_t row) {
+        const int64_t parity = piece_of(t) & 1;
+        return slots[parity][static_cast<size_t>((t - piece_start[parity]) * B + row)];
     };
+    const auto d_of = [&](int64_t t, int64_t row) { return D[piece_of(t) & 1] + slot_of(t, row) * D_row; };
     const auto active_at = [&](int64_t t, int64_t row) { return t >= 0 && t < plan.length(row); };
     const auto is_reset = [&](int64_t t, int64_t row) { return reset != nullptr && reset[t * B + row] != 0; };
     const auto h_before_of = [&](int64_t t, int64_t row) -> const float* {
@@ -608,11 +626,11 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
 
     // The share of the weights' rows: rows of W are columns of D, cut where D's order differs from W's.
     const Range columns = share(DG * H, index, count);
-    Vector<const Element*> left;
-    Vector<float*> x_to;
+    Vector<const Element*> left;  // rows of D, and where their products go
+    Vector<float*> to_rows;
     Scratch buffer(static_cast<size_t>(summed_at_once * left_columns) * sizeof(Element));
 
-    BackRows<Number> step(static_cast<size_t>(n));
+    BackRows<Number> step(static_cast<size_t>(n), zero);
     const int64_t pieces = (T + block - 1) / block;
     for (int64_t piece = pieces - 1; piece >= 0; --piece) {
         const int64_t s0 = piece * block, s1 = std::min(s0 + block, T);
@@ -646,6 +664,7 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
                 step.h[i] = outputs + at * stride;
                 step.h_before[i] = h_before_of(t, row);
                 step.d[i] = d_of(t, row);
+                step.d_exact[i] = exact ? D_exact + slot_of(t, row) * D_row : nullptr;
                 if constexpr (C == Cell::gru) step.carry_out[i] = carry + row * H;
                 if constexpr (C == Cell::lstm || C == Cell::gru) step.tape[i] = b.tape[d] + at * tape_gates(C) * H;
                 if constexpr (C == Cell::lstm) {
@@ -687,15 +706,15 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
 
         if (b.d_x != nullptr) {
             left.clear();
-            x_to.clear();
+            to_rows.clear();
             for (int64_t s = s0; s < s1; ++s) {
                 const int64_t t = time(s);
                 for (int64_t i = 0, m = plan.active(rows, t); i < m; ++i) {
                     left.push_back(d_of(t, rows[i]));
-                    x_to.push_back(b.d_x + (t * B + rows[i]) * I);
+                    to_rows.push_back(b.d_x + (t * B + rows[i]) * I);
                 }
             }
-            product<Number>(input_panels, input_range, input, nullptr, left.data(), x_to.data(),
+            product<Number>(input_panels, input_range, input, nullptr, left.data(), to_rows.data(),
                             static_cast<int64_t>(left.size()), d > 0);
         }
 
@@ -707,13 +726,18 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
             to = std::min(to, columns.last);
             if (from < to) product_over_steps<Number>(left.data(), K, from, to, right, pass, N, into, shift, buffer.as<Element>());
         };
+        // What is no operand of a product is summed as it was before it was rounded to be one.
+        const auto summand = [&](int64_t k, int64_t m, int lanes) UNROLLED_LAMBDA_INLINE {
+            if constexpr (rounds<Number>) return load(D_exact + k * D_row + m, lanes);
+            else return load(left[k] + m, lanes);
+        };
         const auto sum_bias = [&](int64_t from, int64_t to, int64_t shift, float* into) {
             from = std::max(from, columns.first);
             to = std::min(to, columns.last);
             for (int64_t m = from; m < to; m += L) {
                 const int lanes = static_cast<int>(std::min<int64_t>(L, to - m));
                 vf sum = splat(0);
-                for (int64_t k = 0; k < K; ++k) sum += Number::load_lanes(left[k] + m, lanes);
+                for (int64_t k = 0; k < K; ++k) sum += summand(k, m, lanes);
                 store(into + m + shift, load(into + m + shift, lanes) + sum, lanes);
             }
         };
@@ -724,7 +748,7 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
                 float* into = b.d_table[d] + b.inputs.ids[places[k].t * B + places[k].row] * G * H + shift;
                 for (int64_t m = from; m < to; m += L) {
                     const int lanes = static_cast<int>(std::min<int64_t>(L, to - m));
-                    store(into + m, load(into + m, lanes) + Number::load_lanes(left[k] + m, lanes), lanes);
+                    store(into + m, load(into + m, lanes) + summand(k, m, lanes), lanes);
                 }
             }
         };
@@ -743,27 +767,30 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
     }
 
     // What reaches the initial states.
-    Vector<const Element*> operand(static_cast<size_t>(n));
-    Vector<float*> to(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t row = rows[i], length = plan.length(row);
-        const bool cut = length > 0 && is_reset(reverse ? length - 1 : 0, row);
-        operand[i] = length == 0 || cut ? zero : first_d + row * D_row + hh_offset;
-        to[i] = b.d_h0[d] + row * H;
-        const float* direct = length == 0 ? (b.d_h_n[d] ? b.d_h_n[d] + row * H : nullptr)
+    left.clear();
+    to_rows.clear();
+    for (const int64_t row : rows) {
+        const int64_t length = plan.length(row);
+        const bool empty = length == 0, cut = !empty && is_reset(reverse ? length - 1 : 0, row);
+        float* const d_h0 = b.d_h0[d] + row * H;
+        const float* direct = empty ? (b.d_h_n[d] ? b.d_h_n[d] + row * H : nullptr)
                               : C == Cell::gru && !cut ? carry + row * H
                                                        : nullptr;
-        const float* cell = length == 0 ? (b.d_c_n[d] ? b.d_c_n[d] + row * H : nullptr) : cut ? nullptr : d_cell + row * H;
+        const float* cell = empty ? (b.d_c_n[d] ? b.d_c_n[d] + row * H : nullptr) : cut ? nullptr : d_cell + row * H;
         for (int64_t p = hidden_range.first; p < hidden_range.last; ++p)
             for (int v = 0; v < Plain::NV; ++v) {
                 const int lanes = hidden_panels.valid(p, v);
                 if (lanes == 0) break;
                 const int64_t u = hidden_panels.column(p, v);
-                store(to[i] + u, load_or_zero(direct, u, lanes), lanes);
+                store(d_h0 + u, load_or_zero(direct, u, lanes), lanes);
                 if constexpr (C == Cell::lstm) store(b.d_c0[d] + row * H + u, load_or_zero(cell, u, lanes), lanes);
             }
+        if (empty || cut) continue;
+        left.push_back(first_d + row * D_row + hh_offset);
+        to_rows.push_back(d_h0);
     }
-    product<Number>(hidden_panels, hidden_range, recurrent, nullptr, operand.data(), to.data(), n, true);
+    product<Number>(hidden_panels, hidden_range, recurrent, nullptr, left.data(), to_rows.data(),
+                    static_cast<int64_t>(left.size()), true);
 }
 
 template <class Number, Cell C>
@@ -773,8 +800,8 @@ void backward_layer(const Backward& given, int threads) {
     const bool lookup = b.inputs.ids != nullptr;
     const Plan plan = make_plan(e, C, 3 * b.directions, threads);
     Scratch packs[2], shared[2];
-    const BackwardLayout layout = backward_layout<Number, C>(e, lookup);
     for (int d = 0; d < b.directions; ++d) {
+        const BackwardLayout layout = backward_layout<Number, C>(e, lookup, sums_exactly<Number>(b, d));
         const int64_t I = lookup ? 0 : e.I;
         if (b.packed[d] == nullptr) {
             packs[d] = Scratch(packed_size_of<Number, C>(true, I, e.H));

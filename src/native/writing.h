@@ -13,14 +13,18 @@ namespace {
 
 // The next symbol for the random number `uniform`, from its scores [V], which are overwritten: the steps of
 // `unrolled.decoding.next_distribution`, then the first symbol at which the summed probabilities exceed `uniform`.
-// -1 if the scores are no numbers to choose by: NaN, or infinite.
+// -1 if there is nothing to choose by: see `Writing::written`.
 inline int64_t choose(const Writing& w, Vector<double>& scores, const uint8_t* barred, double uniform,
                       Vector<int64_t>& order, Vector<uint8_t>& seen) {
     const int64_t V = w.V;
-    for (double s : scores)
-        if (!(s < INFINITY)) return -1;
     for (int64_t j = 0; barred != nullptr && j < V; ++j)
         if (barred[j]) scores[j] = -INFINITY;
+    double highest = -INFINITY;
+    for (double s : scores) {
+        if (!(s < INFINITY)) return -1;
+        highest = std::max(highest, s);
+    }
+    if (highest == -INFINITY) return -1;
     if (w.repetition_penalty != 1 && *w.recent_count > 0) {
         std::fill(seen.begin(), seen.end(), uint8_t{0});
         for (int64_t i = 0; i < *w.recent_count; ++i) {
@@ -34,7 +38,7 @@ inline int64_t choose(const Writing& w, Vector<double>& scores, const uint8_t* b
     double most = -INFINITY, total = 0;
     for (double& s : scores) most = std::max(most, s /= w.temperature);
     for (double& s : scores) total += s = std::exp(s - most);
-    if (!(total > 0)) return -1;
+    if (!(total > 0)) return -1;  // so low a temperature that the scores became infinite
     for (double& s : scores) s /= total;
     const bool by_k = w.top_k > 0 && w.top_k < V, by_p = w.top_p < 1;
     if (by_k || by_p) {

@@ -376,7 +376,10 @@ def _report(figures: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
         return
-    _table({key.replace("_", " "): _figure(value) for key, value in figures.items() if isinstance(value, int | float)})
+    shown = {key.replace("_", " "): value for key, value in figures.items()}
+    for name in ("naive", "trivial"):  # what always the same simple answer would reach
+        shown |= {f"{key}, {name} answer": value for key, value in (figures.get(name) or {}).items()}
+    _table({key: _figure(value) for key, value in shown.items() if isinstance(value, int | float)})
     for line in render(figures):
         typer.echo(line)
 

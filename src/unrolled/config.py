@@ -206,6 +206,10 @@ class DataConfig(_Section):
     errors: Literal["strict", "replace"] = Field(
         "strict", description="Bytes that are not UTF-8: strict refuses the file, replace reads each as U+FFFD."
     )
+    format: Literal["tsv", "csv", "jsonl", "parquet", "conllu", "conll", "text"] | None = Field(
+        None, description="What the table's files are; null: as their names' extensions say, packed or not."
+    )
+    names: _Names = Field((), description="Names for the columns of a table without a header; none: as it says itself.")
     group: str | None = Field(
         None, description="Column that names the series or video each row belongs to; null: each row is an example."
     )
@@ -650,7 +654,10 @@ def _settings() -> Iterable[Setting]:
 def _expected(schema: Mapping[str, Any]) -> str:
     """In words what a JSON schema allows: `an integer >= 1 or null`."""
     if "anyOf" in schema:
-        return " or ".join(_expected(member) for member in schema["anyOf"])
+        parts = [_expected(member) for member in schema["anyOf"]]
+        if len(parts) == 2 and " or " in parts[0]:  # a list of words, or null
+            return f"{parts[0].replace(' or ', ', ')} or {parts[1]}"
+        return " or ".join(parts)
     if "enum" in schema:
         *most, last = schema["enum"]
         return f"{', '.join(most)} or {last}"

@@ -160,13 +160,16 @@ def costs(
     columns = (4 if gated else 1) * hidden
 
     # The kernels' scratch memory, which forward and backward use in turn: weights laid out for one of them, in whole
-    # panels of vectors; D of two blocks and of first steps, what it is multiplied with, what is carried from step to
-    # step; forward, the sums of some 192 rows; in Python, h (and c) of a block computed anew, states passed on.
+    # panels of vectors; D of two blocks and of first steps (of one also before it is rounded), what it is multiplied
+    # with, what is carried from step to step; forward, the sums of some 192 rows; in Python, h (and c) of a block
+    # computed anew, states passed on.
     def panels(n: int, whole: int = 64) -> int:
         return -(-n // whole) * whole
 
     fixed = gates * panels(hidden, 64 if gates == 1 else 16) * (panels(width) + panels(hidden))
-    fixed += 2 * (rows + batch) * (columns + 16) + rows * (panels(width) + panels(hidden)) + 4 * batch * hidden
+    cast = torch.is_autocast_enabled("cpu")
+    fixed += (3 if cast else 2) * (rows + batch) * (columns + 16)
+    fixed += rows * (panels(width) + panels(hidden)) + 4 * batch * hidden
     fixed += max(batch, 192) * (gates * hidden + width) + rows * hidden * (1 + lstm) + 4 * state + 256 * 96
     if isinstance(inputs, Lookup):
         symbols = cell.input_size if inputs.table is None else inputs.table.shape[0]

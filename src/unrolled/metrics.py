@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,16 +27,18 @@ class Recent:
 
     def __init__(self, at: Sums, unit: str, chars_per_unit: float | None) -> None:
         self.at, self.unit, self.chars_per_unit = at, unit, chars_per_unit
-        self.read, self.began = 0, time.monotonic()
+        self.read, self.seconds = 0, 0.0
 
-    def add(self, mean: float, units: int) -> None:
+    def add(self, mean: float, units: int, seconds: float) -> None:
+        """An update: its mean loss, what that is of, how long it took."""
         self.at.nats += mean * units
         self.at.units += units
         self.read += units
+        self.seconds += seconds
 
     def figures(self) -> dict[str, float]:
         at = self.at
-        seconds = max(time.monotonic() - self.began, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         if self.chars_per_unit is None:
             return {"loss": at.nats / max(at.units, 1), f"{self.unit}s_per_second": round(self.read / seconds)}
         nats = at.nats / max(at.units * self.chars_per_unit, 1e-9)
@@ -51,7 +52,7 @@ class Recent:
     def pop(self) -> dict[str, float]:
         figures = self.figures()
         self.at.nats, self.at.units = 0.0, 0
-        self.read, self.began = 0, time.monotonic()
+        self.read, self.seconds = 0, 0.0
         return figures
 
     def note(self) -> str:

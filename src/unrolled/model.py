@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unrolled import fused, native
 from unrolled.cells import Lookup, map_state
 from unrolled.config import Config
-from unrolled.errors import ConfigError
+from unrolled.errors import ConfigError, ModelError
 from unrolled.kinds.contract import Answer, Ends, Loss, Steps, Targets
 from unrolled.kinds.text import NextSymbol, NextWriter, Text, TextReader
 from unrolled.nn import Core, CoreState, dropout_steps
@@ -143,13 +143,30 @@ class ExampleModel(Model):
         loss: Loss = self.writer.loss(lambda: self._read(steps), _Run(self.core), steps, targets)
         return loss
 
+    def scores(self, steps: Steps, targets: Targets | None = None) -> Tensor:
+        """What comes out at each step, before anything is chosen, `[U B V]`; U = 1 where there is one for all. Of text
+        that is written, `targets` are the words that are read on the way."""
+        scores: Tensor = self.writer.scores(lambda: self._read(steps), _Run(self.core), steps, targets)
+        return scores
+
     def answer(self, steps: Steps) -> list[Answer]:
         """What the model says about each input of a batch; not for text, which is searched for."""
         raw = self.writer.answer(lambda: self._read(steps), _Run(self.core), steps)
         return [self.ends.output.answer(row) for row in raw]
 
-    def begin(self, steps: Steps) -> Any:
-        """The state before the first word is written, once the inputs are read. For models that write text."""
+    def begin(self, steps: Steps | None = None, *, batch: int = 1) -> Any:
+        """The state before the first step.
+
+        Of a model that writes text: once the inputs `steps` are read, before the first word is written. Of one whose
+        outputs are aligned: before anything is read, for `batch` rows.
+
+        Raises:
+            ModelError: the model gives one answer to all of its input and has no steps to stream.
+        """
+        if self.ends.output.aligned:
+            return self.core.initial_state(batch)
+        if steps is None or not hasattr(self.writer, "begin"):
+            raise ModelError(f"{self.form}: there is one answer to the whole input, so that nothing can be streamed")
         return self.writer.begin(lambda: self._read(steps), _Run(self.core), steps)
 
     def _read(self, steps: Steps) -> Any:
@@ -159,9 +176,21 @@ class ExampleModel(Model):
         vectors = x.vectors() if isinstance(x, Lookup) else x
         return dropout_steps(vectors, share, locked=False, training=True)
 
-    def step(self, ids: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B V"], Any]:
-        """Read the last word of each row: the scores of the next one, and the state after."""
-        scores, state = self.writer.step(self.core, ids, state)
+    def step(self, x: Int[Tensor, "B"] | Steps, state: Any) -> tuple[Float[Tensor, "B V"], Any]:
+        """One step of each row: what comes out, and the state after.
+
+        Of a model that writes text, x is the last word and out come the scores of the next one. Of one whose outputs
+        are aligned, x is one step of input, `Steps` with T = 1, and its output comes at once, with no delay.
+
+        Raises:
+            ModelError: the core reads both directions.
+        """
+        if isinstance(x, Steps):
+            read = self.reader(*x.tensors)
+            step = Lookup(read.ids[0], read.table) if isinstance(read, Lookup) else read[0]
+            hidden, state = self.core.step(step, state)
+            return self.writer.at(hidden, step), state
+        scores, state = self.writer.step(self.core, x, state)
         return scores, state
 
 

@@ -721,7 +721,8 @@ _linear_op.register_autograd(_linear_gradient, setup_context=_save_linear)
 def cross_entropy(
     x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, "N"] | None, targets: Int[Tensor, "M"]
 ) -> Float[Tensor, ""]:
-    """The summed softmax cross-entropy, in nats, of the scores `x W^T + b`; a negative target is not counted.
+    """The summed softmax cross-entropy, in nats, of the scores `x W^T + b`; a row with a negative target is not counted
+    and may hold anything.
 
     The scores of a block of rows at a time, never `[M N]`: where a gradient is wanted it is taken from the same block,
     so that what waits for the backward is d(x), d(W) and d(b). Under bfloat16 autocast operands are rounded to it.
@@ -794,8 +795,8 @@ def _cross_entropy_gradient(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[A
             x, weight = x.view_as(x), weight.view_as(weight)
             bias = None if bias is None else bias.view_as(bias)
             wanted = [t for t, n in zip((x, weight, bias), needs, strict=False) if n and t is not None]
-            targets = targets.clamp_min(-1)
-            loss = F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=-1, reduction="sum")
+            counted = targets >= 0
+            loss = F.cross_entropy(F.linear(x[counted], weight, bias), targets[counted], reduction="sum")
             found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
         given = zip((x, weight, bias), needs, strict=False)
         return (*(next(found) if n and t is not None else None for t, n in given), None, None, None)

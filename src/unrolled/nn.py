@@ -44,7 +44,7 @@ from unrolled.unroll import (
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["GRU", "LSTM", "RNN", "Core", "CoreState", "dropout_steps", "freeze", "replace"]
+__all__ = ["GRU", "LSTM", "RNN", "Core", "CoreState", "as_core", "dropout_steps", "freeze", "replace"]
 
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -543,6 +543,25 @@ class GRU(_DropIn, torch.nn.GRU):
 
 
 # ------------------------------------------------------------------------------------------- whole models
+
+
+def as_core(layer: torch.nn.Module) -> Core:
+    """A `torch.nn.RNN`, `LSTM` or `GRU` (or this module's) as a Core on the very same parameters, without dropout.
+
+    Raises:
+        ModelError: another kind of module, or a layer with `proj_size`.
+    """
+    if not isinstance(layer, torch.nn.RNNBase) or layer.proj_size:
+        what = "one with proj_size" if isinstance(layer, torch.nn.RNNBase) else type(layer).__name__
+        raise ModelError(f"expected a torch.nn.RNN, LSTM or GRU layer, got {what}")
+    core = Core(
+        _NAMES[layer.mode], layer.input_size, layer.hidden_size, layer.num_layers, bidirectional=layer.bidirectional
+    )
+    for k, directions in enumerate(core.layers):
+        for cell, suffix in zip(directions, ("", "_reverse"), strict=False):  # type: ignore[call-overload]
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                setattr(cell, name, getattr(layer, f"{name}_l{k}{suffix}", None))
+    return core
 
 
 def replace(model: M) -> M:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unrolled.config import parse_end, resolve, to_dict
-from unrolled.data import Batches, Examples, Values, encode_examples, open_data, read_values
+from unrolled.data import Batches, Examples, Values, encode_examples, open_data, read_values, whole_series
 from unrolled.decoding import BeamSettings, Hypothesis, Sampling, beam_search, sample
 from unrolled.errors import ConfigError, DataError, ModelError
 from unrolled.kinds import Answer, Text
@@ -78,8 +78,12 @@ def given_values(model: Model, given: Iterable[str], *, input: str | None = None
             yield item
         elif kind != "text" and item.endswith(".npy"):
             yield Path(item)
-        elif kind == "series" and config.output.kind == "next":
-            yield from (value for value, _ in read_values(open_data(item, config), config, outputs=False))
+        elif config.output.kind == "next":
+            window = config.training.window
+            yield from (
+                series if window == "full" else series[-window:]
+                for series in whole_series(open_data(item, config), config)
+            )
         else:
             table = open_data(item, config)
             if table.columns == ("text",):  # lines, whatever the column was called in training

@@ -489,8 +489,8 @@ class _Blocks:
                     d_candidates[s].masked_fill_(padding, 0)
             dh = self._back(a)
             if through is not None:
-                dh = dh.add_(through if own is None else torch.where(own, through, direct))
-            elif own is not None:
+                dh = dh.add_(through)
+            if own is not None:
                 dh = torch.where(own, dh, direct)
             if mark is not None:
                 dh = dh.masked_fill(mark, 0)

@@ -233,7 +233,7 @@ Gradients backward(const Backward& b) {
                 const bool reset = is_reset(e, d, t, row);
                 Numbers h_before(H), c_before(H);
                 for (int64_t u = 0; u < H && !reset; ++u) {
-                        const int64_t before = s > 0 ? walk.time(s - 1) * B + row : 0;
+                    const int64_t before = s > 0 ? walk.time(s - 1) * B + row : 0;
                     h_before[u] = s > 0 ? b.outputs[before * stride + d * H + u] : b.h0[d][row * H + u];
                     if (b.cell == Cell::lstm) c_before[u] = s > 0 ? b.c[d][before * H + u] : b.c0[d][row * H + u];
                 }
@@ -241,7 +241,7 @@ Gradients backward(const Backward& b) {
                 std::vector<Measured> of_x(GH), of_h(GH);
                 std::vector<Measured> dh_before(H), dc_before(H);
                 for (int64_t u = 0; u < H; ++u) {
-                        if (b.d_outputs) add(dh[u], b.d_outputs[t * b.d_step + row * b.d_row + d * H + u]);
+                    if (b.d_outputs) add(dh[u], b.d_outputs[t * b.d_step + row * b.d_row + d * H + u]);
                     if (b.d_c[d]) add(dc[u], b.d_c[d][at * H + u]);
                     const double h = b.outputs[at * stride + d * H + u];
                     const float* tape = b.tape[d] + at * TH;
@@ -278,30 +278,25 @@ Gradients backward(const Backward& b) {
                         const auto j = gate * H + u;
                         const double r = b.cell == Cell::gru && gate == 2 ? kept(0) : 1;
                         of_h[j] = times(of_x[j], r, r);
-                        of_h[j].value = operand(b.bf16, of_h[j].value);
                     }
                 }
-                for (Measured& x : of_x) x.value = operand(b.bf16, x.value);
-
                 for (double& h : h_before) h = operand(b.bf16, h);
                 const Numbers inputs =
                     operands(b.bf16, b.inputs.x + t * b.inputs.step + row * b.inputs.row, lookup ? 0 : I);
                 for (int64_t j = 0; j < GH; ++j) {
-                    const Measured x = of_x[j], h = of_h[j];
+                    // Biases and the rows of a table are sums of what is no operand yet.
+                    to.d_bias_hh[d].add(j, of_h[j], 1);
+                    if (lookup) to.d_table[d].add(b.inputs.ids[at] * GH + j, of_x[j], 1);
+                    else to.d_bias_ih[d].add(j, of_x[j], 1);
+                    const Measured x{operand(b.bf16, of_x[j].value), of_x[j].size};
+                    const Measured h{operand(b.bf16, of_h[j].value), of_h[j].size};
                     for (int64_t k = 0; k < H; ++k) {
                         to.d_hh[d].add(j * H + k, h, h_before[k]);
                         dh_before[k].value += h.value * hh[j * H + k];
                         // Not h.size: what was lost in later steps shrinks on its way here, as gradients do.
                         dh_before[k].size += std::abs(h.value * hh[j * H + k]);
                     }
-                    // A bias is the product of its gradient, an operand, with ones; so is a row of the table.
-                    to.d_bias_hh[d].add(j, h, 1);
-                    if (lookup) {
-                        to.d_table[d].add(b.inputs.ids[at] * GH + j, x, 1);
-                        continue;
-                    }
-                    to.d_bias_ih[d].add(j, x, 1);
-                    for (int64_t k = 0; k < I; ++k) {
+                    for (int64_t k = 0; k < I && !lookup; ++k) {
                         to.d_ih[d].add(j * I + k, x, inputs[k]);
                         to.d_x.add(at * I + k, x, ih[j * I + k]);
                     }

@@ -126,8 +126,10 @@ void check_cross_entropy(bool bf16, int64_t M, int64_t N, int64_t K, bool with_b
         if (kind == Kind::minus_infinity && target == N / 2) target = 0;
         if (kind == Kind::none_counted || random.chance(0.2)) target = random.chance(0.5) ? -1 : -100;
     }
+    for (int64_t m = 0; m < M; ++m)  // what is not counted may hold anything
+        for (int64_t k = 0; k < K && targets[m] < 0; ++k) x[m * x_row + k] = k % 2 == 0 ? nan : infinity;
     if (kind == Kind::poisoned && M > 0) {
-        x[M / 2 * x_row + K / 2] = nan;
+        for (int64_t k = 0; k < K; ++k) x[M / 2 * x_row + k] = k == K / 2 ? nan : 1;
         targets[M / 2] = 0;
     }
 

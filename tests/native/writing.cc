@@ -185,9 +185,27 @@ public:
         for (const int threads : {2, 3}) compare(write(threads, count), ", " + std::to_string(threads) + " threads");
         if (count > 2) compare(write(1, count / 3), ", in two parts");
         check_poisoned(to, where, first.symbols, write);
+        check_all_barred(to, where, write);
     }
 
 private:
+    // Where every symbol is barred, at once or after the first one, there is none to write.
+    template <class Write>
+    void check_all_barred(Group& to, const std::string& where, Write write) {
+        const int64_t count = imagined();
+        Guarded<uint8_t> all(V_, 1), first = barred_first_.data() ? barred_first_.copy() : Guarded<uint8_t>(V_);
+        for (const bool at_first : {true, false}) {
+            std::swap(at_first ? barred_first_ : barred_, all);
+            if (!at_first) std::swap(barred_first_, first);
+            const auto written = write(1, count).symbols;
+            bool good = true;
+            for (int64_t i = 0; i < count; ++i) good = good && (!at_first && i == 0 ? written[i] >= 0 : written[i] == -1);
+            to.check(good, where + ", all symbols barred", "not -1 where none may be written");
+            if (!at_first) std::swap(barred_first_, first);
+            std::swap(at_first ? barred_first_ : barred_, all);
+        }
+    }
+
     // A symbol whose vector is NaN: what is written after it has been read is -1, and what before it, as ever.
     template <class Write>
     void check_poisoned(Group& to, const std::string& where, const Guarded<int64_t>& clean, Write write) {

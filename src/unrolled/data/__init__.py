@@ -10,7 +10,17 @@ memory. A text is one or more documents; between them the state is reset, and no
 from __future__ import annotations
 
 from unrolled.data.encoding import DOCUMENTS, EncodedText, encode_texts, split_text
-from unrolled.data.examples import Bad, Batches, Examples, Values, encode_examples, forecast_values, read_values
+from unrolled.data.examples import (
+    Bad,
+    Batches,
+    Examples,
+    Values,
+    encode_examples,
+    forecast_values,
+    read_values,
+    series_values,
+    whole_series,
+)
 from unrolled.data.lanes import Lanes, Window
 from unrolled.data.opening import open_data
 from unrolled.data.reading import ERRORS, find_texts, read_text
@@ -34,5 +44,7 @@ __all__ = [
     "open_data",
     "read_text",
     "read_values",
+    "series_values",
     "split_text",
+    "whole_series",
 ]

@@ -6,6 +6,7 @@ Table -> Values -> Examples -> batches of (Steps, Targets)
 from __future__ import annotations
 
 import hashlib
+from array import array as PackedNumbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from unrolled.data.ragged import Ragged, RaggedWriter
+from unrolled.data.ragged import Ragged, RaggedWriter, as_int64
 from unrolled.data.tables import Table
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds.contract import Ends, Steps, Targets
@@ -22,7 +23,17 @@ from unrolled.kinds.contract import Ends, Steps, Targets
 if TYPE_CHECKING:
     from unrolled.config import Config
 
-__all__ = ["Bad", "Batches", "Examples", "Values", "encode_examples", "forecast_values", "read_values"]
+__all__ = [
+    "Bad",
+    "Batches",
+    "Examples",
+    "Values",
+    "encode_examples",
+    "forecast_values",
+    "read_values",
+    "series_values",
+    "whole_series",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -76,6 +87,10 @@ class Values:
 
     def __getitem__(self, i: int) -> tuple[Any, Any]:
         return next(iter(self._get([int(self._chosen[i])])))
+
+    def take(self, rows: Sequence[int]) -> list[tuple[Any, Any]]:
+        """The values of some examples, read at once."""
+        return list(self._get(self._chosen[np.asarray(rows, np.int64)].tolist()))
 
     def where(self, i: int) -> str:
         """In which file and line example i stands."""
@@ -245,11 +260,37 @@ def _matrix(rows: Sequence[Sequence[Any]]) -> Array:
         raise
 
 
+def whole_series(table: Table, config: Config) -> list[Array]:
+    """The series that a table holds, float64 [T F] each: all its rows, or those of each group.
+
+    Raises:
+        DataError: a column is missing, or a cell holds no number.
+    """
+    inputs = _columns(table, config.input.columns, "series", "input")
+    group = config.data.group
+    if group is not None:
+        table.expect_columns([group])
+        return [value for value, _ in _grouped(table, config, inputs, (), group, False)]
+    return [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)), inputs)])]
+
+
+def series_values(table: Table, config: Config, *, part: tuple[float, float] = (0.0, 1.0)) -> Values:
+    """The whole series of a table, or a part of each, as both input and output: what both ends learn from."""
+    whole = whole_series(table, config)
+
+    def get(numbers: Sequence[int]) -> Iterator[tuple[Any, Any]]:
+        for number in numbers:
+            begin, end = (round(share * len(whole[number])) for share in part)
+            yield whole[number][begin:end], whole[number][begin:end]
+
+    return Values(len(whole), get, lambda i: table.where(0), f"{table.fingerprint} {part}")
+
+
 def forecast_values(table: Table, config: Config, *, part: tuple[float, float] = (0.0, 1.0)) -> tuple[Values, Values]:
     """A table of one series (or one a group) for forecasting: windows to train on, and forecasts to judge.
 
     The first are windows of `training.window` steps. The second pair what is known, at most a window, with the
-    `output.horizon` steps after it, one forecast after the other.
+    `output.horizon` steps after it, one forecast after the other; the first of a file is made once a season is known.
 
     Args:
         part: from where to where, as shares of each series; a forecast may look back before the part.
@@ -257,12 +298,7 @@ def forecast_values(table: Table, config: Config, *, part: tuple[float, float] =
     Raises:
         DataError: a series is too short for one window or one forecast.
     """
-    inputs = _columns(table, config.input.columns, "series", "input")
-    group = config.data.group
-    if group is None:
-        whole = [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)), inputs)])]
-    else:
-        whole = [value for value, _ in _grouped(table, config, inputs, (), group, False)]
+    whole = whole_series(table, config)
     window, horizon = config.training.window, config.output.horizon
     windows: list[tuple[int, int, int]] = []
     forecasts: list[tuple[int, int, int]] = []
@@ -276,7 +312,7 @@ def forecast_values(table: Table, config: Config, *, part: tuple[float, float] =
         starts = sorted({*range(begin, last + 1, stride), last})
         windows += [(s, start, start + size) for start in starts]
         context = size - 1
-        origins = range(max(begin, 1), end - horizon + 1, horizon)
+        origins = range(max(begin, config.output.season), end - horizon + 1, horizon)
         forecasts += [(s, max(0, at - context), at) for at in origins]
     digest = hashlib.sha256(f"{table.fingerprint} {part} {window} {horizon}".encode()).hexdigest()
 
@@ -352,7 +388,7 @@ def encode_examples(
         DataError: an example that cannot be used, with its place, unless they are skipped; no example is left.
     """
     writers: list[list[RaggedWriter]] = [[], []]
-    kept: list[int] = []
+    kept = PackedNumbers("q")
     bad: list[Bad] = []
     pairs = iter(values)
     number = 0
@@ -380,7 +416,8 @@ def encode_examples(
                 for writer, array in zip(writers[side], arrays, strict=True):
                     lengths.append(writer.append(array))
                     done[side] += 1
-            if outputs and ends.output.aligned:
+            # What a forecast is judged by is the steps to come, not one for each that is read.
+            if outputs and ends.output.aligned and ends.output.kind != "next":
                 words = lengths[1] if len(writers[0]) == 2 else lengths[0]
                 _expect_aligned(words, lengths[done[0]])
             kept.append(number)
@@ -397,7 +434,7 @@ def encode_examples(
     if not kept:
         raise DataError(f"no example can be used; the first: {bad[0].where}: {bad[0].why}" if bad else "no examples")
     made = [tuple(writer.finish() for writer in side) for side in writers]
-    return Examples(ends, made[0], made[1], np.array(kept, np.int64), tuple(bad), values.fingerprint)
+    return Examples(ends, made[0], made[1], as_int64(kept), tuple(bad), values.fingerprint)
 
 
 def _expect_aligned(steps: int, targets: int) -> None:
@@ -432,7 +469,13 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches of the longest epoch: every epoch has about so many, those of the first."""
-        return len(self.epoch(0))
+        return self.count(0)
+
+    def count(self, epoch: int) -> int:
+        """How many batches an epoch has, without putting them in order where their number is always the same."""
+        if self._max_tokens is None:
+            return -(-len(self._lengths) // self._batch_size)
+        return len(self.epoch(epoch))
 
     def epoch(self, epoch: int) -> list[Array]:
         """The batches of an epoch: the numbers of each one's examples."""

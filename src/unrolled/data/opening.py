@@ -41,5 +41,6 @@ def open_data(
     both = config.input.kind == "text" and config.output.kind == "text"
     if len(data) == 2 and both and not config.input.columns and not config.output.columns:
         return open_parallel(data[0], data[1], **settings)
+    settings |= {"format": config.data.format, "columns": config.data.names or None}
     wanted = [*config.input.columns, *config.output.columns, *([config.data.group] if config.data.group else [])]
     return open_table(data, wanted=wanted, **settings)

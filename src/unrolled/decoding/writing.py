@@ -150,9 +150,10 @@ def _write_natively(
             ).tolist()
             first = False
             last = chosen[-1]
-            if last < 0:
-                raise ModelError(NOT_FINITE)
-            yield from chosen
+            for choice in chosen:
+                if choice < 0:
+                    raise ModelError(NOT_FINITE)
+                yield choice
 
 
 @contextmanager

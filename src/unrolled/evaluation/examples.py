@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import islice
 from typing import Any
 
 import torch
 
 from unrolled.data import Batches, Examples, Values
-from unrolled.kinds.written import Written
+from unrolled.kinds import Next, Written
 from unrolled.model import ExampleModel
 from unrolled.prediction import Searching, answers
 from unrolled.progress import Silent, Watcher
 
 __all__ = ["judge_examples", "loss_of"]
+
+_AT_ONCE = 256  # raw values that are read together
 
 
 @torch.inference_mode()
@@ -59,15 +62,21 @@ def judge_examples(
         if written:
             figures["perplexity"] = math.exp(loss) if loss < 700 else math.inf
     if searching is not None or not written:
-        score = model.ends.output.score(model.config)
+        output = model.ends.output
+
+        def raw(numbers: list[int]) -> list[tuple[Any, Any]]:
+            return values.take(examples.kept[numbers].tolist())
+
+        score: Any = output.score(model.config)
         watcher.start("answering", len(examples))
 
-        def value(number: int) -> tuple[Any, Any]:
-            return values[int(examples.kept[number])]
-
-        given = answers(model, examples, searching, batch_size=batch_size, source=lambda number: value(number)[0])
-        for done, (number, answer) in enumerate(given, 1):
-            score.add(answer, value(number)[1])
+        found = answers(model, examples, searching, batch_size=batch_size, source=lambda number: raw([number])[0][0])
+        done = 0
+        while part := list(islice(found, _AT_ONCE)):
+            for (_, answer), (given, expected) in zip(part, raw([number for number, _ in part]), strict=True):
+                beside = {"naive": output.trivial(given, model.config)} if isinstance(output, Next) else {}
+                score.add(answer, expected, **beside)
+            done += len(part)
             watcher.update(done)
         watcher.stop()
         figures |= score.figures()

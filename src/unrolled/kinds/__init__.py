@@ -1,4 +1,5 @@
-"""What may stand at an end of a model. A new kind is a file here that keeps `contract.Input` or `contract.Output`."""
+"""What may stand at an end of a model. A new kind is a file here that keeps `contract.Input` or `contract.Output`; to
+import any of them makes all of them known."""
 
 from __future__ import annotations
 

@@ -141,6 +141,11 @@ class Writer(nn.Module, ABC):
         """The loss of a batch. read: the reader's steps `[T B I]`; run: the core over them."""
 
     @abstractmethod
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None) -> Tensor:
+        """What comes out at each step, before anything is chosen: scores `[U B V]`, or numbers; U = 1 where there is
+        one for all. Of text that is written, `targets` are the words that are read on the way."""
+
+    @abstractmethod
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         """The model's raw answers to a batch, one a row; `Output.answer` puts them in words."""
 
@@ -149,6 +154,14 @@ class Input(ABC):
     """What goes in."""
 
     kind: ClassVar[str]
+
+    @classmethod  # noqa: B027 - most kinds refuse nothing
+    def check(cls, value: Any) -> None:
+        """Whether a raw value can be learnt from, for who leaves out those that cannot.
+
+        Raises:
+            DataError: it cannot.
+        """
 
     @classmethod
     @abstractmethod
@@ -190,6 +203,11 @@ class Output(ABC):
     kind: ClassVar[str]
     aligned: ClassVar[bool] = False
     """Whether there is one a step."""
+
+    @classmethod  # noqa: B027 - most kinds refuse nothing
+    def check(cls, value: Any) -> None:
+        """As `Input.check`."""
+
     best: ClassVar[tuple[str, str]]
     """Which figure of a validation tells the better model, and whether `min` or `max` of it is better."""
 

@@ -66,6 +66,10 @@ class Image(Pictures):
         self.rows = rows
 
     @classmethod
+    def check(cls, value: Any) -> None:
+        decode(value, 1)
+
+    @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Image:
         size = config.input.size
         scale = Scale.learn(fit(decode(value, size), size).reshape(-1, 3) for value in values)
@@ -200,8 +204,8 @@ class _Scaling(nn.Module):
 
 
 class ImageReader(nn.Module):
-    """Pictures -> vectors: a small convolutional network, then a linear layer on each region, then the mean of all
-    regions.
+    """Pictures -> vectors: a small convolutional network, then a linear layer on each region, the mean of all regions,
+    and LayerNorm: a core's gates would soon be saturated by vectors that grow at will, and nothing learnt any more.
 
     Four convolutions 3 x 3, the first three of stride 2: without pooling there is half the work, and half to keep for
     the backward. Each is followed by GroupNorm and ReLU; the norm is of one picture alone, where BatchNorm would mix in
@@ -223,6 +227,7 @@ class ImageReader(nn.Module):
             layers += [nn.Conv2d(below, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
         self.linear = nn.Linear(widths[-1], features)
+        self.norm = nn.LayerNorm(features)
         self.at_once = max(1, _PIXELS_AT_ONCE // size**2)
 
     def forward(self, pixels: UInt8[Tensor, "T B s s 3"]) -> Float[Tensor, "T B I"]:
@@ -244,7 +249,7 @@ class ImageReader(nn.Module):
 
     def regions(self, pixels: UInt8[Tensor, "1 B s s 3"]) -> Float[Tensor, "R B I"]:
         """A vector for each of R regions of an image, row by row from its upper left, for attention to look at; their
-        mean is what `forward` gives."""
+        mean, normed, is what `forward` gives."""
         return self._regions(*self._in_line(pixels)).transpose(0, 1)
 
     def _in_line(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -261,7 +266,8 @@ class ImageReader(nn.Module):
 
     def _vectors(self, pixels: Tensor, changes: Tensor | None) -> Tensor:
         """[N s s 3] -> [N I]"""
-        return self._regions(pixels, changes).mean(1)
+        vectors: Tensor = self.norm(self._regions(pixels, changes).mean(1))
+        return vectors
 
 
 _PIXELS_AT_ONCE = 2**19

@@ -172,9 +172,11 @@ class LabelWriter(Writer):
     def loss(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets) -> Loss:
         return self.classes.loss(self.pooling(run, read(), steps.lengths), targets.tensors[0][0])
 
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
+        return self.classes(self.pooling(run, read(), steps.lengths))[None]  # type: ignore[no-any-return]
+
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
-        scores = self.classes(self.pooling(run, read(), steps.lengths))
-        return list(torch.log_softmax(scores.float(), -1).cpu())
+        return list(torch.log_softmax(self.scores(read, run, steps)[0].float(), -1).cpu())
 
 
 class LabelsWriter(Writer):
@@ -190,11 +192,18 @@ class LabelsWriter(Writer):
         mask = real(steps.aligned, len(hidden), hidden.device)
         return self.classes.loss(hidden[mask], targets.tensors[0][: len(hidden)][mask])
 
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
+        return self.at(aligned(run(read(), lengths=steps.lengths).outputs, steps))
+
+    def at(self, hidden: Float[Tensor, "*W B H"], x: Any = None) -> Float[Tensor, "*W B C"]:
+        """The scores at steps."""
+        return self.classes(hidden)  # type: ignore[no-any-return]
+
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
-        hidden = aligned(run(read(), lengths=steps.lengths).outputs, steps)
-        best = torch.softmax(self.classes(hidden).float(), -1).max(-1)  # of all rows at once: small operations are slow
-        labels, scores = (part.T.tolist() for part in (best.indices, best.values))
-        return [(labels[b][:n], scores[b][:n]) for b, n in enumerate(steps.aligned.tolist())]
+        scores = self.scores(read, run, steps)
+        best = torch.softmax(scores.float(), -1).max(-1)  # of all rows at once: small operations are slow
+        labels, certain = (part.T.tolist() for part in (best.indices, best.values))
+        return [(labels[b][:n], certain[b][:n]) for b, n in enumerate(steps.aligned.tolist())]
 
 
 def aligned(hidden: Float[Tensor, "T B H"], steps: Steps) -> Float[Tensor, "W B H"]:

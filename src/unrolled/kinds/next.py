@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unrolled.errors import DataError
+from unrolled.errors import ConfigError, DataError
 from unrolled.kinds.contract import Answer, Arrays, Loss, Output, Run, Score, Steps, Targets, Writer, register
 from unrolled.kinds.label import real
 from unrolled.kinds.number import Scale
 from unrolled.kinds.scores import SeriesScore
-from unrolled.kinds.series import Series, series_of
+from unrolled.kinds.series import NumbersReader, Series, series_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,6 +41,7 @@ class Next(Output):
     """
 
     kind: ClassVar[str] = "next"
+    aligned: ClassVar[bool] = True
     best = ("mase", "min")
 
     def __init__(
@@ -90,8 +91,13 @@ class Next(Output):
         return Series(self.scale).encode(value)
 
     def writer(self, config: Config, reader: Any, core: Core) -> Writer:
-        change = self.change / self.scale.deviation
-        return SeriesWriter(core.output_size, change, self.horizon, self.quantiles)
+        """
+        Raises:
+            ConfigError: the input is no series of as many columns: a forecast could not be read as the next step.
+        """
+        if not isinstance(reader, NumbersReader) or reader.step_size != self.scale.width:
+            raise ConfigError("output.kind: next forecasts the series that is read: expected input.kind series")
+        return SeriesWriter(core.output_size, self.change / self.scale.deviation, self.horizon, self.quantiles)
 
     def answer(self, raw: Tensor) -> Answer:
         """raw: scaled forecasts [1+Q horizon F], the middle and then each quantile."""
@@ -99,6 +105,13 @@ class Next(Output):
         text = "; ".join(" ".join(f"{number:.6g}" for number in step) for step in middle)
         named = {f"{share:g}": found for share, found in zip(self.quantiles, quantiles, strict=True)}
         return Answer(middle, text, {"quantiles": named} if named else {})
+
+    def trivial(self, context: npt.NDArray[Any], config: Config) -> npt.NDArray[Any]:
+        """The forecast that a model has to beat, [horizon F]: each step as one season before; where the context is
+        shorter than a season, as its last step."""
+        season = config.output.season if config.output.season <= len(context) else 1
+        rows = len(context) - season + np.arange(self.horizon) % season
+        return np.asarray(context)[rows]
 
     def score(self, config: Config) -> Score:
         return SeriesScore(self.naive)
@@ -178,6 +191,14 @@ class SeriesWriter(Writer):
             return Loss(F.huber_loss(missed, torch.zeros_like(missed), reduction="sum"), count)
         shares = torch.tensor(self.shares, device=missed.device)[:, None]
         return Loss(torch.maximum(shares * missed, (shares - 1) * missed).sum(), count)
+
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
+        series = read()
+        return self.at(run(series, lengths=steps.lengths).outputs, series)
+
+    def at(self, hidden: Float[Tensor, "*n H"], last: Float[Tensor, "*n F"]) -> Float[Tensor, "*n F"]:
+        """The middle of the next step after `last`, scaled."""
+        return self(hidden, last)[..., self.shares.index(0.5), :]  # type: ignore[no-any-return]
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         """Scaled forecasts [1+Q horizon F] of each row: the middle, then each quantile."""

@@ -18,6 +18,8 @@ from unrolled.kinds.pooling import Pooling
 from unrolled.kinds.scores import NumberScore
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from unrolled.config import Config
     from unrolled.nn import Core
 
@@ -115,6 +117,10 @@ class Number(_Scaled):
     kind: ClassVar[str] = "number"
 
     @classmethod
+    def check(cls, value: Any) -> None:
+        floats(value)
+
+    @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Number:
         return cls(Scale.learn(np.array([floats(value)]) for value in values))
 
@@ -140,6 +146,10 @@ class Numbers(_Scaled):
 
     kind: ClassVar[str] = "numbers"
     aligned: ClassVar[bool] = True
+
+    @classmethod
+    def check(cls, value: Any) -> None:
+        _column(value)
 
     @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Numbers:
@@ -189,8 +199,17 @@ class NumberWriter(Writer):
             found, wanted = self.linear(hidden[mask]), wanted[: len(hidden)][mask]
         return Loss(F.huber_loss(found.float(), wanted, reduction="sum"), wanted.numel())
 
-    def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
         if self.pooling is not None:
-            return list(self.linear(self.pooling(run, read(), steps.lengths)).float().cpu())
-        found = self.linear(aligned(run(read(), lengths=steps.lengths).outputs, steps)).float().cpu()
+            return self.at(self.pooling(run, read(), steps.lengths))[None]
+        return self.at(aligned(run(read(), lengths=steps.lengths).outputs, steps))
+
+    def at(self, hidden: Float[Tensor, "*W B H"], x: Any = None) -> Float[Tensor, "*W B F"]:
+        """The scaled numbers at steps."""
+        return self.linear(hidden)  # type: ignore[no-any-return]
+
+    def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
+        found = self.scores(read, run, steps).float().cpu()
+        if self.pooling is not None:
+            return list(found[0])
         return [found[:n, b] for b, n in enumerate(steps.aligned.tolist())]

@@ -131,7 +131,7 @@ class _Symbols(Writer):
     def _native(self) -> bool:
         return self.backend in ("auto", "native") and native.unsuited(self.weight) is None
 
-    def scores(self, joined: Float[Tensor, "*steps J"]) -> Float[Tensor, "*steps V+1"]:
+    def output(self, joined: Float[Tensor, "*steps J"]) -> Float[Tensor, "*steps V+1"]:
         """W [h; c] + b."""
         return (native.linear if self._native() else F.linear)(joined, self.weight, self.bias)
 
@@ -227,10 +227,19 @@ class EncoderDecoder(_Symbols):
         states = encoded.outputs if self.memory is None else self.memory(encoded.outputs)
         return cells, self.attention.remember(states, steps.lengths)
 
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None) -> Tensor:
+        assert targets is not None
+        cells, memory = self._encode(read, run, steps)
+        return self.output(self._unroll(self._forced(targets), cells, memory, targets.lengths, run))
+
+    def _forced(self, targets: Targets) -> Int[Tensor, "U B"]:
+        """What the decoder reads: the start, then each target but the last."""
+        wanted = targets.tensors[0]
+        return torch.cat([torch.full_like(wanted[:1], self.symbols + 1), wanted[:-1].clamp(min=0)])
+
     def loss(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets) -> Loss:
         cells, memory = self._encode(read, run, steps)
-        wanted = targets.tensors[0]
-        forced = torch.cat([torch.full_like(wanted[:1], self.symbols + 1), wanted[:-1].clamp(min=0)])
+        wanted, forced = targets.tensors[0], self._forced(targets)
         if self.training and self.sampling:
             forced = self._mix(forced, cells, memory, run)
         joined = self._unroll(forced, cells, memory, targets.lengths, run)
@@ -270,7 +279,7 @@ class EncoderDecoder(_Symbols):
         first pass over all steps tells, so that the second is one call too (Mihaylova and Martins 2019)."""
         detached = map_state(lambda t: t.detach(), cells)
         joined = self._unroll(forced, detached, memory, None, run)
-        written = self.scores(joined[:-1]).argmax(-1)
+        written = self.output(joined[:-1]).argmax(-1)
         own = torch.rand(written.shape, device=written.device) < self.sampling
         return torch.cat([forced[:1], torch.where(own, written, forced[1:])])
 
@@ -290,9 +299,9 @@ class EncoderDecoder(_Symbols):
             x = torch.cat([x.vectors(), state.context], dim=-1)
         hidden, cells = self.core.step(x, state.cells)
         if self.attention is None or state.memory is None:
-            return self.scores(hidden), state._replace(cells=cells)
+            return self.output(hidden), state._replace(cells=cells)
         context, weights = self.attention(hidden, state.memory)
-        scores = self.scores(torch.cat([hidden, context], dim=-1))
+        scores = self.output(torch.cat([hidden, context], dim=-1))
         return scores, DecoderState(cells, state.memory, weights, context if self.feeding else None)
 
 
@@ -352,11 +361,19 @@ class OneToMany(_Symbols):
         super().__init__(config, symbols, reader.step_size, core.output_size)
         self.zeros = config.output.feed == "zeros"
 
+    def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None) -> Tensor:
+        assert targets is not None
+        return self.output(self._hidden(read, run, targets))
+
+    def _hidden(self, read: Callable[[], Any], run: Run, targets: Targets) -> Float[Tensor, "U B H"]:
+        words = self._next(self._words(targets.tensors[0][:-1].clamp(min=0)))
+        first = read()
+        hidden: Tensor = run(torch.cat([first, words.to(first.dtype)]), lengths=targets.lengths).outputs
+        return hidden
+
     def loss(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets) -> Loss:
         wanted = targets.tensors[0]
-        words = self._next(self._words(wanted[:-1].clamp(min=0)))
-        first = read()
-        hidden = run(torch.cat([first, words.to(first.dtype)]), lengths=targets.lengths).outputs
+        hidden = self._hidden(read, run, targets)
         real = wanted != IGNORE
         return Loss(self.cross_entropy(hidden[real], wanted[real]), int(targets.lengths.sum()))
 
@@ -374,4 +391,4 @@ class OneToMany(_Symbols):
         words = self._next(Lookup(ids, self.table))
         x = torch.where((ids == self.symbols + 1)[:, None], state.first, words.to(state.first.dtype))
         hidden, cells = core.step(x, state.cells)
-        return self.scores(hidden), CaptionState(cells, state.first)
+        return self.output(hidden), CaptionState(cells, state.first)
