@@ -14,12 +14,12 @@ from unrolled.prediction import predict
 __all__ = ["run"]
 
 _SETTINGS: dict[str, Any] = {
-    "input.unit": "subword", "output.unit": "subword", "input.max_vocabulary": 1200, "output.max_vocabulary": 1200,
-    "input.embedding": 96, "output.embedding": 128, "cell": "gru", "hidden": 224, "layers": 1, "dropout": 0.5,
+    "input.unit": "subword", "output.unit": "subword", "input.max_vocabulary": 1200, "output.max_vocabulary": 1500,
+    "input.embedding": 96, "output.embedding": 128, "cell": "gru", "hidden": 160, "layers": 1, "dropout": 0.4,
     "bidirectional": True, "attention": "general", "output.label_smoothing": 0.1, "batch_size": 32, "lr": 3e-3,
     "average": 0.99, "epochs": 16,
 }  # fmt: skip
-_SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 128, "dropout": 0.4, "epochs": 6}
+_SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 128, "epochs": 6}
 
 
 def run(road: Road) -> None:
