@@ -154,7 +154,11 @@ def translate(folder):  # type: ignore[no-untyped-def]
     began = time.perf_counter()
     found = [model.beam_search(source, s["beam"], 2 * len(source) + 50, s["barred"]) for source in sentences]
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "symbols": [ids for ids, _ in found], "log_probabilities": [total for _, total in found]}
+    return {
+        "seconds": seconds,
+        "symbols": [ids for ids, _ in found],
+        "log_probabilities": [total for _, total in found],
+    }
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def write_table(path: Path, size: int) -> int:
     letters = np.array([chr(0xAC00 + 7 * k) for k in range(1500)] + [" "] * 400)
     written = rows = 0
     with path.open("wb") as file:
-        file.write("document\tlabel\n".encode())
+        file.write(b"document\tlabel\n")
         while written < size:
             lengths = random.integers(20, 400, min(10_000, 1 + size // 500))
             text = random.choice(letters, int(lengths.sum()))

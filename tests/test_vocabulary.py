@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from unrolled.errors import ConfigError, DataError, ShapeError, StorageError
 from unrolled.vocabulary import (
-    hangul,
     UNITS,
     Vocabulary,
     build_vocabulary,
     compose,
     decompose,
+    hangul,
     last_border,
     vocabulary_from_json,
 )
