@@ -327,8 +327,7 @@ def compare(bench: Bench, work: str, part: str, size: Size, plain: str, unit: st
 
 def speeds(rates: dict[str, list[float]], unit: str, floors: dict[str, float]) -> dict[str, Any]:
     """The sides' rates and their ratios to the first in the same round; shown and as a part of a row."""
-    first = next(iter(rates.values()))
-    first = rates["plain torch, fp32"] if "plain torch, fp32" in rates else first
+    first = rates[sides("")[0].name]
     found = {}
     for name in sorted(rates, key=lambda name: [side.name for side in sides("")].index(name)):
         ratios = [rate / plain for rate, plain in zip(rates[name], first, strict=True)]
