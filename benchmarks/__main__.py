@@ -17,6 +17,7 @@ QUICK = {
     "bptt": ["--quick"],
     "native": ["--quick"],
     "language_model": ["--quick"],
+    "examples": ["--quick"],
 }
 
 

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.quick:
         size = Size(
             rounds=given.rounds or 1, warm=1, timed=given.timed or 2, megabytes=given.tsv_size or 2.0, hidden=16,
-            embedding=8, examples=200, vocabularies=(300, 290), learn=4, sentences=4, memory_limit=2000.0,
+            embedding=8, examples=200, vocabularies=(300, 290), learn=4, sentences=4, quick=True,
         )  # fmt: skip
     out = given.out or (None if given.quick else HERE / "results" / "examples.json")
 
@@ -117,6 +117,7 @@ class Size:
     learn: int = 600  # updates of the translator that is searched
     sentences: int = 1000
     memory_limit: float = 2000.0  # megabytes
+    quick: bool = False  # one cell, one depth, fp32 alone
 
     @property
     def updates(self) -> int:
@@ -309,7 +310,7 @@ def compare(bench: Bench, work: str, part: str, size: Size, plain: str, unit: st
     counted = [int(lengths[rows].sum()) for rows in bench.batches[: size.updates]]
     rates: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
-    every = sides(plain)
+    every = sides(plain)[: 2 if size.quick else None]
     for number in range(size.rounds):
         for side in every if number % 2 == 0 else every[::-1]:
             run = bench.run(side, "train", "--updates", str(size.updates))
@@ -326,7 +327,7 @@ def compare(bench: Bench, work: str, part: str, size: Size, plain: str, unit: st
 
 def speeds(rates: dict[str, list[float]], unit: str, floors: dict[str, float]) -> dict[str, Any]:
     """The sides' rates and their ratios to the first in the same round; shown and as a part of a row."""
-    first = rates.get("plain torch, fp32", next(iter(rates.values())))
+    first = rates[sides("")[0].name]
     found = {}
     for name in sorted(rates, key=lambda name: [side.name for side in sides("")].index(name)):
         ratios = [rate / plain for rate, plain in zip(rates[name], first, strict=True)]
@@ -395,7 +396,7 @@ def translator(root: Path, size: Size, data: Path | None, cell: str) -> tuple[Be
 
 def translation(root: Path, size: Size, data: Path | None) -> list[dict[str, Any]]:
     rows = []
-    for cell in ("gru", "lstm"):
+    for cell in ("gru", "lstm")[: 1 if size.quick else None]:
         bench, _ = translator(root, size, data, cell)
         work = f"translation, training, {cell.upper()} {size.hidden}, dot attention, batch 64"
         rows.append(compare(bench, work, "translation", size, "plain_translation.py", "words"))
@@ -408,7 +409,7 @@ def classification(root: Path, size: Size, data: Path | None) -> list[dict[str, 
     random = np.random.default_rng(2)
     hidden = min(size.hidden, 256)
     rows = []
-    for layers in (1, 2):
+    for layers in (1, 2)[: 1 if size.quick else None]:
         settings = {
             "hidden": hidden, "embedding": min(size.embedding, 128), "layers": layers, "batch_size": 64, "lr": 1e-3,
             "betas": [0.9, 0.99], "clip": 1.0, "epochs": 1,
@@ -453,7 +454,8 @@ def beam(root: Path, size: Size, data: Path | None) -> list[dict[str, Any]]:
     rates: dict[str, list[float]] = {}
     last: dict[str, Any] = {}
     for number in range(size.rounds):
-        for side in (plain, ours, bf16)[:: 1 if number % 2 == 0 else -1]:
+        used = (plain, ours) if size.quick else (plain, ours, bf16)
+        for side in used if number % 2 == 0 else used[::-1]:
             last[side.name] = run = bench.run(side, "translate")
             rates.setdefault(side.name, []).append(len(test) / run["seconds"])
     both = last[plain.name]["log_probabilities"], last[ours.name]["log_probabilities"]
@@ -477,7 +479,7 @@ def memory(root: Path, size: Size, data: Path | None) -> list[dict[str, Any]]:
     """A table of so many megabytes, and one of an eighth: what a process that trains on it has in memory at most."""
     rows = []
     measured = []
-    for megabytes in (size.megabytes / 8, size.megabytes):
+    for megabytes in (size.megabytes,) if size.quick else (size.megabytes / 8, size.megabytes):
         script = HERE / "train_from_large_table.py"
         measured.append(run_json([sys.executable, str(script), str(root), "--megabytes", str(megabytes)]))
         m = measured[-1]

@@ -237,3 +237,33 @@ def test_the_page_shows_the_results_of_native_that_are_kept(native: dict[str, Mo
         "benchmarks/README.md shows other results than the kept ones; run: "
         "python benchmarks/native.py --from benchmarks/results/native.json"
     )
+
+
+# ----------------------------------------------------------------------------------------------- examples.py
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("examples")
+
+
+def test_examples_run_in_tiny_sizes_and_both_sides_are_equal(
+    examples: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "examples.json"
+    assert examples.main(["--quick", "--out", str(out)]) == 0
+    parts = json.loads(out.read_text("utf-8"))["parts"]
+    assert list(parts) == list(examples.PARTS)
+    gradients = {told["tensor"] for told in parts["translation"][0]["equality"]}
+    assert {"loss", "encoder.weight_hh_l0_reverse", "bridges.0.weight", "output.bias"} <= gradients
+    assert parts["beam"][0]["apart"] <= examples.SCORE_TOLERANCE
+    assert parts["memory"][0]["measured"][0]["updates"] == 20
+
+
+def test_a_missed_floor_and_a_difference_of_examples_fail(examples: ModuleType) -> None:
+    row = {"work": "translation", "unequal": [], "floors": [("unrolled, fp32", 3.9, 4.0)]}
+    assert examples.verdict(row, quick=False) == ["translation: unrolled, fp32 is 3.90, below the floor of 4.00"]
+    assert examples.verdict(row, quick=True) == []
+    assert examples.verdict(row | {"unequal": ["loss is off"]}, quick=True) == ["translation: loss is off"]
