@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from unrolled.config import resolve
 from unrolled.data import Batches, Examples, encode_examples, forecast_values, open_data, read_values
 from unrolled.data.ragged import Ragged, RaggedWriter
+from unrolled.data.scratch import Held
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds import Ends, Label, Labels, Number, Text
 
@@ -191,3 +193,41 @@ def test_python_rows_and_files_give_the_same(tmp_path: Path) -> None:
     path.write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in ROWS))
     config = config_of()
     assert list(read_values(open_data(path, config), config)) == list(read_values(open_data(ROWS, config), config))
+
+
+def test_batches_are_counted_without_being_put_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = encoded(ROWS * 5)
+    batches = Batches(examples, 3, None, seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Batches, "epoch", None)
+        assert [batches.count(epoch) for epoch in (0, 7)] == [7, 7]
+    assert [len(batches.epoch(epoch)) for epoch in (0, 7)] == [7, 7]
+    few = Batches(examples, 3, 4, seed=1)
+    assert few.count(2) == len(few.epoch(2))
+
+
+def test_a_large_file_is_given_back_as_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mapped(bytes):
+        given_back = 0
+
+        def madvise(self, how: int) -> None:
+            self.given_back += 1
+
+    small, large = Mapped(2 << 20), Mapped(4 << 20)
+    monkeypatch.setattr("unrolled.data.scratch._HELD", 3 << 20)
+    for mapped in (small, large):
+        held = Held(mapped)  # type: ignore[arg-type]
+        for _ in range(100):
+            held.note(1)  # the system reads 64 KB
+    assert (small.given_back, large.given_back) == (0, 2 if hasattr(mmap, "MADV_DONTNEED") else 0)
+
+
+def test_values_stay_the_same_when_their_file_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unrolled.data.scratch._HELD", 1)
+    config = config_of()
+    values = read_values(open_data(ROWS * 100, config), config)
+    first = list(values)
+    assert first == [(row["text"], row["label"]) for row in ROWS * 100] == list(values)
+    examples = encoded(ROWS * 100)
+    expected = [Text.encode(examples.ends.input, row["text"])[0].tolist() for row in ROWS * 100]  # type: ignore[arg-type]
+    assert [examples.inputs[0][i].tolist() for i in range(400)] == expected

@@ -538,6 +538,10 @@ def test_pictures_are_named_and_described(tmp_path: Path) -> None:
     )
     assert unrolled.evaluate(model, tmp_path / "captions.tsv")["accuracy"] > 0.9
     (tmp_path / "True5.png").write_bytes(b"no picture")
+    unrolled.train(
+        tmp_path / "captions.tsv", tmp_path / "bad", input="image:file", output="label:label", skip_bad=True,
+        **{**settings, "steps": 1},
+    )  # fmt: skip
     with pytest.raises(DataError, match=r"captions\.tsv, line 8: .*True5\.png"):
         unrolled.evaluate(model, tmp_path / "captions.tsv")
     assert unrolled.evaluate(model, tmp_path / "captions.tsv", skip_bad=True)["left_out"] == 1

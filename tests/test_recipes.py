@@ -19,10 +19,9 @@ import yaml
 
 from unrolled.cells import cell_names
 from unrolled.config import load_config, resolve
-from unrolled.demo import __file__ as demo_file
+from unrolled.demo.road import DATA as SHIPPED
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SHIPPED = Path(demo_file).parent / "demo_data"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/recipe.yaml"))
 
 

@@ -21,6 +21,7 @@ from unrolled.vocabulary import (
     build_vocabulary,
     compose,
     decompose,
+    hangul,
     last_border,
     vocabulary_from_json,
 )
@@ -510,3 +511,10 @@ def broken_tokenizer(change: str) -> dict[str, object]:
 def test_wrong_json_is_refused(saved: object, message: str) -> None:
     with pytest.raises(StorageError, match=message):
         vocabulary_from_json(saved)
+
+
+def test_many_short_texts_are_counted_together() -> None:
+    """One by one, each would cost as much as the highest code point is large."""
+    texts = ["가나", "a", "", "힣"] * 1000
+    assert np.array_equal(hangul.count_numbers("char", texts), hangul.count_numbers("char", ["".join(texts)]))
+    assert len(list(hangul._together(["ab"] * hangul.BLOCK))) == 3  # two full ones and the rest

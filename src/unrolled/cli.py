@@ -453,18 +453,35 @@ def generate(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the model folder goes.")] = Path("demo-shakespeare"),
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="shakespeare (a language model), sentiment (film reviews), translate (English to Korean), chat, "
+            "caption (pictures to their names) or frames (a label at each frame).",
+            show_default=False,
+        ),
+    ] = "shakespeare",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the model folder goes (demo-NAME).", show_default=False)
+    ] = None,
     short: Annotated[bool, typer.Option("--short", metavar="", help="A quarter of the time, a weaker model.")] = False,
     force: Annotated[bool, typer.Option("--force", metavar="", help="Replace the model in --out.")] = False,
 ) -> None:
-    """All of it in one go on Shakespeare, about two minutes on two cores: train, measure, write.
+    """All of it in one go, about two minutes on two cores: train, measure beside baselines, see the answers.
 
-    Example: unrolled demo --out demo/
+    Each demo is one of the forms, on data that ships with the package; plain `unrolled demo` is Shakespeare.
+
+    Examples:
+
+      unrolled demo --out demo/
+
+      unrolled demo sentiment --short
     """
     from unrolled.demo import run_demo
     from unrolled.progress import open_bar
 
-    run_demo(out, short=short, force=force, watcher=open_bar())
+    run_demo(name, out, short=short, force=force, watcher=open_bar())
 
 
 @app.command()

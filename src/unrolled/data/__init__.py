@@ -18,6 +18,7 @@ from unrolled.data.examples import (
     encode_examples,
     forecast_values,
     read_values,
+    series_values,
     whole_series,
 )
 from unrolled.data.lanes import Lanes, Window
@@ -43,6 +44,7 @@ __all__ = [
     "open_data",
     "read_text",
     "read_values",
+    "series_values",
     "split_text",
     "whole_series",
 ]

@@ -6,6 +6,7 @@ Table -> Values -> Examples -> batches of (Steps, Targets)
 from __future__ import annotations
 
 import hashlib
+from array import array as PackedNumbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from unrolled.data.ragged import Ragged, RaggedWriter
+from unrolled.data.ragged import Ragged, RaggedWriter, as_int64
 from unrolled.data.tables import Table
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds.contract import Ends, Steps, Targets
@@ -22,7 +23,17 @@ from unrolled.kinds.contract import Ends, Steps, Targets
 if TYPE_CHECKING:
     from unrolled.config import Config
 
-__all__ = ["Bad", "Batches", "Examples", "Values", "encode_examples", "forecast_values", "read_values", "whole_series"]
+__all__ = [
+    "Bad",
+    "Batches",
+    "Examples",
+    "Values",
+    "encode_examples",
+    "forecast_values",
+    "read_values",
+    "series_values",
+    "whole_series",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -263,6 +274,18 @@ def whole_series(table: Table, config: Config) -> list[Array]:
     return [_matrix([[row[name] for name in inputs] for row in table.take(range(len(table)), inputs)])]
 
 
+def series_values(table: Table, config: Config, *, part: tuple[float, float] = (0.0, 1.0)) -> Values:
+    """The whole series of a table, or a part of each, as both input and output: what both ends learn from."""
+    whole = whole_series(table, config)
+
+    def get(numbers: Sequence[int]) -> Iterator[tuple[Any, Any]]:
+        for number in numbers:
+            begin, end = (round(share * len(whole[number])) for share in part)
+            yield whole[number][begin:end], whole[number][begin:end]
+
+    return Values(len(whole), get, lambda i: table.where(0), f"{table.fingerprint} {part}")
+
+
 def forecast_values(table: Table, config: Config, *, part: tuple[float, float] = (0.0, 1.0)) -> tuple[Values, Values]:
     """A table of one series (or one a group) for forecasting: windows to train on, and forecasts to judge.
 
@@ -365,7 +388,7 @@ def encode_examples(
         DataError: an example that cannot be used, with its place, unless they are skipped; no example is left.
     """
     writers: list[list[RaggedWriter]] = [[], []]
-    kept: list[int] = []
+    kept = PackedNumbers("q")
     bad: list[Bad] = []
     pairs = iter(values)
     number = 0
@@ -411,7 +434,7 @@ def encode_examples(
     if not kept:
         raise DataError(f"no example can be used; the first: {bad[0].where}: {bad[0].why}" if bad else "no examples")
     made = [tuple(writer.finish() for writer in side) for side in writers]
-    return Examples(ends, made[0], made[1], np.array(kept, np.int64), tuple(bad), values.fingerprint)
+    return Examples(ends, made[0], made[1], as_int64(kept), tuple(bad), values.fingerprint)
 
 
 def _expect_aligned(steps: int, targets: int) -> None:
@@ -446,7 +469,13 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches of the longest epoch: every epoch has about so many, those of the first."""
-        return len(self.epoch(0))
+        return self.count(0)
+
+    def count(self, epoch: int) -> int:
+        """How many batches an epoch has, without putting them in order where their number is always the same."""
+        if self._max_tokens is None:
+            return -(-len(self._lengths) // self._batch_size)
+        return len(self.epoch(epoch))
 
     def epoch(self, epoch: int) -> list[Array]:
         """The batches of an epoch: the numbers of each one's examples."""

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from unrolled.data.scratch import Scratch
+from unrolled.data.scratch import Held, Scratch
 
-__all__ = ["Ragged", "RaggedWriter"]
+__all__ = ["Ragged", "RaggedWriter", "as_int64"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -24,15 +24,18 @@ class Ragged:
         values: all of them, [N ...]; starts: where each begins, int64 [D]; lengths: n_d, int64 [D].
     """
 
-    def __init__(self, values: Array, starts: Array, lengths: Array) -> None:
-        self.values, self.starts, self.lengths = values, starts, lengths
+    def __init__(self, values: Array, starts: Array, lengths: Array, held: Held | None = None) -> None:
+        self.values, self.starts, self.lengths, self._held = values, starts, lengths, held
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, d: int) -> Array:
         start = int(self.starts[d])
-        return self.values[start : start + int(self.lengths[d])]
+        found = self.values[start : start + int(self.lengths[d])]
+        if self._held is not None:
+            self._held.note(found.nbytes)
+        return found
 
 
 class RaggedWriter:
@@ -82,10 +85,15 @@ class RaggedWriter:
     def finish(self) -> Ragged:
         """What was written, read-only."""
         self._flush()
-        starts, lengths = np.array(self._starts, np.int64), np.array(self._lengths, np.int64)
+        starts, lengths = (as_int64(part) for part in (self._starts, self._lengths))
         dtype = self._dtype or np.dtype(np.uint8)
         if not self._written:
             return Ragged(np.empty((0, *self._item), dtype), starts, lengths)
-        values = np.frombuffer(self._file.map(), dtype).reshape(-1, *self._item)
+        mapped = self._file.map()
         self._file.close()
-        return Ragged(values, starts, lengths)
+        return Ragged(np.frombuffer(mapped, dtype).reshape(-1, *self._item), starts, lengths, Held(mapped))
+
+
+def as_int64(values: array[int]) -> Array:
+    """The same memory as int64 [N]: of many millions a copy would be felt."""
+    return np.frombuffer(values, np.int64) if values else np.empty(0, np.int64)

@@ -12,7 +12,10 @@ from typing import Any
 
 from unrolled.errors import StorageError
 
-__all__ = ["Scratch"]
+__all__ = ["Held", "Scratch"]
+
+_HELD = 1 << 28  # bytes of a file that are counted as this process's memory, about
+_READ_AT_ONCE = 1 << 16  # by the system, around what is asked for
 
 
 class Scratch(io.RawIOBase):
@@ -63,3 +66,20 @@ class Scratch(io.RawIOBase):
                 f"{self._directory or tempfile.gettempdir()}: cannot write {self._what} here"
                 f" ({error.strerror or error}): name another folder, or set TMPDIR"
             ) from error
+
+
+class Held:
+    """Gives back what was read of a mapped file, now and then, so that a file larger than the memory does not count as
+    if it were in it. The bytes stay valid: the system reads them again, from its own memory where they still are."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped, self._read = mapped, 0
+        self._large = len(mapped) > _HELD and hasattr(mmap, "MADV_DONTNEED")
+
+    def note(self, size: int) -> None:
+        """So many bytes are about to be read somewhere."""
+        if self._large:
+            self._read += max(size, _READ_AT_ONCE)
+            if self._read > _HELD:
+                self._mapped.madvise(mmap.MADV_DONTNEED)
+                self._read = 0

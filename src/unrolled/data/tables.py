@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from unrolled.data.formats import FORMATS, Batch, Cell, Rows, Settings, open_objects, open_pair, open_rows, shown
 from unrolled.data.reading import ERRORS, find_texts
-from unrolled.data.scratch import Scratch
+from unrolled.data.scratch import Held, Scratch
 from unrolled.errors import ConfigError, DataError, nearest
 
 __all__ = ["FORMATS", "Cell", "Table", "open_parallel", "open_table", "table_of"]
@@ -81,7 +81,7 @@ class Table:
         """
         self.expect_columns(columns or ())
         names = self.columns if columns is None else columns
-        rows = list(map(self._row, indices))
+        rows = self._rows_of(indices)
         cells = (self._store.cells(self.columns.index(name), rows) for name in names)
         return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
 
@@ -150,6 +150,17 @@ class Table:
         # Raw bits, since what numpy makes of them, in `permutation` say, may change with its version.
         order = np.argsort(np.random.PCG64(seed).random_raw(len(self)), kind="stable")
         return self.select(np.sort(order[:cut])), self.select(np.sort(order[cut:]))
+
+    def _rows_of(self, indices: Iterable[int]) -> list[int]:
+        """`_row` of each, many at once."""
+        given = list(map(operator.index, indices))
+        at = np.array(given, np.int64)
+        wrong = np.flatnonzero((at < -len(self)) | (at >= len(self)))
+        if len(wrong):
+            self._row(given[wrong[0]])
+        at %= max(len(self), 1)
+        found: list[int] = (at if self._rows is None else self._rows[at]).tolist()
+        return found
 
     def _row(self, index: int) -> int:
         """Which row of the store row `index` of this table is."""
@@ -374,7 +385,9 @@ class _Store:
             if writer is None:
                 raise DataError(f"there are no rows in {name}: expected one at least, below the header if there is one")
             writer.close()
-            reader = pa.ipc.open_file(pa.py_buffer(scratch.map()))
+            mapped = scratch.map()
+            reader = pa.ipc.open_file(pa.py_buffer(mapped))
+        self._held, self._size = Held(mapped), len(mapped)
         self.batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         parts = [f"{len(each)} {each} {digest}" for each, digest in zip(self.columns, digests, strict=True)]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -382,6 +395,7 @@ class _Store:
     def cells(self, at: int, rows: Iterable[int]) -> Iterator[Any]:
         """Column `at` of some rows; -1: their places."""
         for index, run in groupby(rows, lambda row: bisect_right(self.starts, row) - 1):
+            self._held.note(self._size // len(self.batches))
             column = self.batches[index].column(at + 1)
             offsets = [int(row) - self.starts[index] for row in run]
             # Many at once are cheaper for each, and dearer to begin.

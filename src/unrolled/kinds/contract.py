@@ -155,6 +155,14 @@ class Input(ABC):
 
     kind: ClassVar[str]
 
+    @classmethod  # noqa: B027 - most kinds refuse nothing
+    def check(cls, value: Any) -> None:
+        """Whether a raw value can be learnt from, for who leaves out those that cannot.
+
+        Raises:
+            DataError: it cannot.
+        """
+
     @classmethod
     @abstractmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Input:
@@ -195,6 +203,11 @@ class Output(ABC):
     kind: ClassVar[str]
     aligned: ClassVar[bool] = False
     """Whether there is one a step."""
+
+    @classmethod  # noqa: B027 - most kinds refuse nothing
+    def check(cls, value: Any) -> None:
+        """As `Input.check`."""
+
     best: ClassVar[tuple[str, str]]
     """Which figure of a validation tells the better model, and whether `min` or `max` of it is better."""
 

@@ -66,6 +66,10 @@ class Image(Pictures):
         self.rows = rows
 
     @classmethod
+    def check(cls, value: Any) -> None:
+        decode(value, 1)
+
+    @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Image:
         size = config.input.size
         scale = Scale.learn(fit(decode(value, size), size).reshape(-1, 3) for value in values)

@@ -117,6 +117,10 @@ class Number(_Scaled):
     kind: ClassVar[str] = "number"
 
     @classmethod
+    def check(cls, value: Any) -> None:
+        floats(value)
+
+    @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Number:
         return cls(Scale.learn(np.array([floats(value)]) for value in values))
 
@@ -142,6 +146,10 @@ class Numbers(_Scaled):
 
     kind: ClassVar[str] = "numbers"
     aligned: ClassVar[bool] = True
+
+    @classmethod
+    def check(cls, value: Any) -> None:
+        _column(value)
 
     @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Numbers:

@@ -91,6 +91,10 @@ class Series(_Scaled):
     kind: ClassVar[str] = "series"
 
     @classmethod
+    def check(cls, value: Any) -> None:
+        series_of(value)
+
+    @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Series:
         return cls(Scale.learn(series_of(value) for value in values))
 
@@ -107,6 +111,10 @@ class Vector(_Scaled):
     """F numbers, read in one step: an array [F], the cells of a row, or the path of a .npy file of them."""
 
     kind: ClassVar[str] = "vector"
+
+    @classmethod
+    def check(cls, value: Any) -> None:
+        _vector(value)
 
     @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Vector:

@@ -32,6 +32,11 @@ class Video(Pictures):
     kind: ClassVar[str] = "video"
 
     @classmethod
+    def check(cls, value: Any) -> None:
+        for _ in _frames(value):
+            pass
+
+    @classmethod
     def learn(cls, values: Iterable[Any], config: Config) -> Video:
         """Of every tenth frame: all are decoded, but for colours those are enough."""
         size = config.input.size

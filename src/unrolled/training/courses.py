@@ -28,6 +28,7 @@ from unrolled.data import (
     open_data,
     read_text,
     read_values,
+    series_values,
     split_text,
 )
 from unrolled.errors import DataError
@@ -269,11 +270,11 @@ class ExampleCourse(Course):
         """
         table = open_data(data, config, directory=scratch, progress=None)
         other = None if valid is None else open_data(valid, config, directory=scratch, progress=None)
-        learn, held_out = _parts(table, other, config, watcher)
+        learn, held_out, taught = _parts(table, other, config, watcher)
         if ends is None:
-            watcher.start("reading", len(learn))
-            read = input or _Told(learn, 0, watcher).teach(INPUTS[config.input.kind], config)
-            ends = Ends(read, _Told(learn, 1, watcher).teach(OUTPUTS[config.output.kind], config))
+            watcher.start("reading", len(taught))
+            read = input or _Told(taught, 0, watcher).teach(INPUTS[config.input.kind], config)
+            ends = Ends(read, _Told(taught, 1, watcher).teach(OUTPUTS[config.output.kind], config))
             watcher.stop()
         parts = []
         for name, values in (("encoding", learn), ("encoding validation", held_out)):
@@ -308,7 +309,7 @@ class ExampleCourse(Course):
         self.fingerprints = {"text": parts.learn.fingerprint, "valid": parts.valid.fingerprint}
 
     def updates(self, epoch: int) -> int:
-        return len(self.batches.epoch(epoch))
+        return self.batches.count(epoch)
 
     def loss(self, epoch: int, index: int) -> tuple[Tensor, int]:
         steps, targets = self.parts.learn.batch(self.batches.epoch(epoch)[index].tolist())
@@ -342,40 +343,47 @@ class _Told:
         self.number = -1
         self.ended = False
 
-    def __iter__(self) -> Iterator[Any]:
+    def _each(self, kind: Any, skip_bad: bool) -> Iterator[Any]:
         for pair in self.values:
             self.number += 1
             if self.number % 256 == 0:
                 self.watcher.update(self.number)
+            if skip_bad:  # listed when they are encoded
+                try:
+                    kind.check(pair[self.side])
+                except DataError:
+                    continue
             yield pair[self.side]
         self.ended = True
 
     def teach(self, kind: Any, config: Config) -> Any:
+        """What the kind learns."""
         try:
-            return kind.learn(iter(self), config)
+            return kind.learn(self._each(kind, config.data.skip_bad), config)
         except DataError as error:
             if self.ended or self.number < 0:
                 raise
             raise DataError(f"{self.values.where(self.number)}: {error}") from None
 
 
-def _parts(table: Table, other: Table | None, config: Config, watcher: Watcher) -> tuple[Values, Values]:
-    """Training and validation examples; where only one table is given its split is told."""
+def _parts(table: Table, other: Table | None, config: Config, watcher: Watcher) -> tuple[Values, Values, Values]:
+    """Training and validation examples, and what the ends learn from; the split of a single table is told."""
     share = config.data.valid_fraction
     if config.output.kind == "next":
         # A forecast is judged on what comes after all that was learnt from.
         if other is not None:
-            return forecast_values(table, config)[0], forecast_values(other, config)[1]
-        learn, _ = forecast_values(table, config, part=(0.0, 1 - share))
+            return forecast_values(table, config)[0], forecast_values(other, config)[1], series_values(table, config)
+        part = (0.0, 1 - share)
+        learn, _ = forecast_values(table, config, part=part)
         _, judged = forecast_values(table, config, part=(1 - share, 1.0))
         watcher.say(f"no validation file: the last {share:.0%} of the series are held out, {len(judged):,} forecasts")
-        return learn, judged
+        return learn, judged, series_values(table, config, part=part)
     values = read_values(table, config)
     if other is not None:
-        return values, read_values(other, config)
+        return values, read_values(other, config), values
     learn, held_out = values.split(share, config.training.seed)
     watcher.say(
         f"no validation file: {len(held_out):,} of {len(values):,} examples, drawn at random, are held out "
         f"(data.valid_fraction {share:g}, seed {config.training.seed})"
     )
-    return learn, held_out
+    return learn, held_out, learn

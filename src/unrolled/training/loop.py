@@ -70,9 +70,12 @@ class Training:
     ) -> None:
         self.model, self.settings, self.out, self.device, self.watcher = model, settings, out, device, watcher
         self.course = course
-        self.total = sum(course.updates(epoch) for epoch in range(settings.epochs))
-        if settings.steps is not None:
-            self.total = min(self.total, settings.steps)
+        self.total, most = 0, math.inf if settings.steps is None else settings.steps
+        for epoch in range(settings.epochs):
+            if self.total >= most:
+                break  # to count an epoch may mean to put it in order
+            self.total += course.updates(epoch)
+        self.total = int(min(self.total, most))
         self.parameters = dict(model.named_parameters())
         self.optimizer = _optimizer(self.parameters, settings)
         self.average = (

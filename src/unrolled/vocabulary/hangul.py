@@ -172,10 +172,23 @@ def compose(units: Iterable[str]) -> str:
     return text_of(join(np.array([number_of(unit) for unit in units], np.int64)))
 
 
+def _together(chunks: Iterable[str]) -> Iterator[str]:
+    """The chunks, small ones joined: a count has as many entries as the highest code point, however short the text."""
+    held: list[str] = []
+    size = 0
+    for chunk in chunks:
+        held.append(chunk)
+        size += len(chunk)
+        if size >= BLOCK:
+            yield "".join(held)
+            held, size = [], 0
+    yield "".join(held)
+
+
 def count_numbers(unit: str, chunks: Iterable[str]) -> Array:
     """How often each number occurs, int64 [NUMBERS]."""
     counts = np.zeros(NUMBERS, np.int64)
-    for chunk in chunks:
+    for chunk in _together(chunks):
         for block in blocks(chunk):
             found = np.bincount(block)
             counts[: len(found)] += found
