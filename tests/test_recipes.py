@@ -10,6 +10,7 @@ import lzma
 import re
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -105,6 +106,142 @@ def test_tags_are_unpacked(name: str, tmp_path: Path) -> None:
     parts = {part: f"{part}\tNOUN\tNN\n.\tPUNCT\t.\n\n나\tPRON\tNP\n\n" for part in ("train", "dev", "test")}
     write_packed(tmp_path, {f"{part}.tsv.xz": text for part, text in parts.items()})
     assert prepared(name, tmp_path, tmp_path / "out") == {f"{part}.conll": parts[part] for part in sorted(parts)}
+
+
+def test_reviews_are_held_out_by_their_ids(tmp_path: Path) -> None:
+    header = "id\tdocument\tlabel\trating\tdate\tmovie_id\n"
+    train = header + "".join(f"{n}\t{n}번 좋다\t{n % 2}\t9\t13.06.14\t1\n" for n in range(600)) + "600\t \t1\t9\t\t1\n"
+    write_packed(tmp_path, {"train.tsv.xz": train, "test.tsv.xz": header + "7\t별로\t0\t1\t13.06.14\t2\n"})
+    made = prepared("korean-reviews", tmp_path, tmp_path / "out")
+    assert made["test.tsv"] == "document\tlabel\n별로\t0\n"
+    learnt, held_out = (made[part].splitlines()[1:] for part in ("train.tsv", "valid.tsv"))
+    assert set(learnt) | set(held_out) == {f"{n}번 좋다\t{n % 2}" for n in range(600)}  # and no blank one
+    assert len(learnt) + len(held_out) == 600
+    assert 5 < len(held_out) < 50  # of a thirtieth
+
+
+def test_sentences_that_are_judged_are_not_learnt(tmp_path: Path) -> None:
+    parts = {"train": "1 good .\n0 bad .\n1 so so\n0 no .\n", "dev": "1 so so\n", "test": "1 no .\n0 worse\n"}
+    write_packed(tmp_path, {f"stsa.binary.{part}.txt.gz": text for part, text in parts.items()})
+    assert prepared("english-sentiment", tmp_path, tmp_path / "out") == {
+        "test.tsv": "sentence\tlabel\nno .\t1\nworse\t0\n",
+        "train.tsv": "sentence\tlabel\ngood .\t1\nbad .\t0\n",
+        "valid.tsv": "sentence\tlabel\nso so\t1\n",
+    }
+
+
+def test_captions_stand_side_by_side(tmp_path: Path) -> None:
+    texts = {"de": "Ein \tHund.\nZwei Männer \n", "en": "A dog.\nTwo men\n"}
+    files = {f"{part}.{of}.gz": text for part in ("train", "val", "test_2016_flickr") for of, text in texts.items()}
+    write_packed(tmp_path, files)
+    table = "de\ten\nEin Hund.\tA dog.\nZwei Männer\tTwo men\n"
+    names = ("test_2016_flickr.tsv", "train.tsv", "valid.tsv")
+    assert prepared("german-english", tmp_path, tmp_path / "out") == dict.fromkeys(names, table)
+
+
+def test_frames_are_told_from_the_spine(tmp_path: Path) -> None:
+    coordinates = [f"{point}{axis}" for point in ("lh", "rh", "h", "s", "lw", "rw") for axis in "xyz"]
+    raw = [*coordinates, "timestamp", "phase"]
+    points = dict.fromkeys(raw, "1") | {"hx": "3", "lhx": "5", "rwz": "-1"}  # the head is 2 above the spine
+    files = {}
+    for number, video in enumerate(("a1", "a2", "a3", "b1", "b3", "c1", "c3")):
+        phases = ["Hold"] * 4 + ["Preparação"] + ["Rest"] * (243 + number)
+        rows = [",".join(points[name] if name != "phase" else phase for name in raw) for phase in phases]
+        mark, end = ("\ufeff", "\r\n") if video == "b1" else ("", "\n")  # some files differ
+        files[f"raw/{video}_raw.csv.gz"] = mark + end.join([",".join(raw), *rows, ""])
+        moves = [",".join([*(f"{n}e-3" for n in range(1, 33)), "D"])] * (len(phases) - 4)
+        header = ",".join([*map(str, range(1, 33)), "Phase"])
+        files[f"processed/{video}_va3.csv.gz"] = ("\r" if video == "a1" else "\n").join([header, *moves])
+    write_packed(tmp_path, files)
+    made = {name: [line.split(",") for line in text.splitlines()]
+            for name, text in prepared("gesture-phases", tmp_path, tmp_path / "out").items()}  # fmt: skip
+    header, first, *_ = made["test.csv"]
+    assert header == ["piece", *raw[:6], *raw[12:18], *(f"v{n}" for n in range(1, 33)), "phase"]
+    assert dict(zip(header, first, strict=True)) == {
+        **dict.fromkeys(header[1:13], "0.00000"), "piece": "a3-0", "lhx": "2.00000", "rwz": "-1.00000",
+        **{f"v{n}": f"{n}e-3" for n in range(1, 33)}, "phase": "Preparation",
+    }  # fmt: skip
+    assert [len(made[part]) - 1 for part in ("test.csv", "valid.csv")] == [246, 250]  # whole
+    pieces = [row[0] for row in made["train.csv"][1:]]
+    assert {piece: pieces.count(piece) for piece in pieces if piece.startswith("a1")} == {
+        "a1-0": 200, "a1-40": 200, "a1-44": 200
+    }  # fmt: skip
+
+
+def test_gestures_beside_held_out_ones_are_not_learnt(tmp_path: Path) -> None:
+    (tmp_path / "point_history_labels.csv").write_text("\ufeffStop\r\nMove\r\n", "utf-8")
+    rows = [f"{label}," + ",".join([str(n)] * 32) for n in range(1100) for label in (0, 1)]
+    write_packed(tmp_path, {"point_history.csv.gz": "\r\n".join(rows)})
+    made = prepared("hand-gestures", tmp_path, tmp_path / "out")
+    numbers = {
+        part: [int(line.split(",")[1]) for line in text.splitlines()[1:] if line.startswith("Move,")]
+        for part, text in made.items()
+    }
+    assert made["test.csv"].startswith("gesture,x1,y1,x2,")
+    assert numbers["valid.csv"] == list(range(400, 500))
+    assert numbers["test.csv"] == list(range(900, 1000))
+    assert numbers["train.csv"] == [*range(384), *range(516, 884), *range(1016, 1100)]
+
+
+def test_series_are_cut_in_order(tmp_path: Path) -> None:
+    hours = [f"2016-07-01 {n},{n}" for n in range(20 * 720 + 100)]
+    write_packed(tmp_path, {"ETTh1.csv.xz": "\n".join(["date,OT", *hours])})
+    made = prepared("power-forecast", tmp_path, tmp_path / "out")
+    numbers = {part: [int(line.split(",")[1]) for line in text.splitlines()[1:]] for part, text in made.items()}
+    assert numbers == {
+        "train.csv": list(range(8640)),
+        "valid.csv": list(range(8640 - 24, 11520)),
+        "test.csv": list(range(11520 - 24, 14400)),
+    }
+    write_packed(tmp_path, {"exchange_rate.txt.gz": "\n".join(f"{n},1,1,1,1,1,1,1" for n in range(100))})
+    made = prepared("exchange-forecast", tmp_path, tmp_path / "out2")
+    numbers = {part: [int(line.split(",")[0]) for line in text.splitlines()[1:]] for part, text in made.items()}
+    parts = {"train.csv": range(60), "valid.csv": range(59, 80), "test.csv": range(79, 100)}
+    assert numbers == {part: list(days) for part, days in parts.items()}
+
+
+def test_answers_to_one_question_stay_together(tmp_path: Path) -> None:
+    pairs = [(f"질문 {n}", f"답 {n} {k}") for n in range(200) for k in (1, 2)]
+    rows = [f'"{question}","{answer}, 네 ",0' for question, answer in pairs]
+    write_packed(tmp_path, {"ChatbotData.csv.gz": "\n".join(["Q,A,label", *rows])})
+    made = prepared("korean-chatbot", tmp_path, tmp_path / "out")
+    lines = {part: text.splitlines()[1:] for part, text in made.items()}
+    assert sorted(chain(*lines.values())) == sorted(f"{question}\t{answer}, 네" for question, answer in pairs)
+    asked = {part: {line.split("\t")[0] for line in lines[part]} for part in lines}
+    assert sum(map(len, asked.values())) == 200
+    assert all(asked.values())
+    (tmp_path / "kor.txt").write_text("".join(f"{q}\t{a}\tby x\n" for q, a in pairs), "utf-8")
+    made = prepared("english-korean", tmp_path, tmp_path / "out2")
+    lines = {part: text.splitlines()[1:] for part, text in made.items()}
+    assert sorted(chain(*lines.values())) == sorted("\t".join(pair) for pair in pairs)
+    asked = {part: {line.split("\t")[0] for line in lines[part]} for part in lines}
+    assert sum(map(len, asked.values())) == 200
+    assert len(asked["test.tsv"]) > len(asked["valid.tsv"]) > 0
+
+
+def test_one_style_of_emoji_is_never_seen(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    header = "index\thexcode\temoji\tgroup\ten\tko\ten_tags\tko_tags\thas\n"
+    styles = ("noto", "twemoji", "openmoji", "fluent-flat")
+    rows = [f"{n}\t1F{n:03}\tx\tfood\tname {n}\t이름 {n}\t\t\t{','.join(styles[: 4 - (n == 49)])}" for n in range(50)]
+    (tmp_path / "captions.tsv").write_text(header + "\n".join(rows) + "\n", "utf-8")
+    for style in styles:
+        sheet = image.new("RGB", (48 * 48, 96), "white")
+        sheet.paste("red", (48, 48, 96, 96))  # emoji 49
+        sheet.save(tmp_path / f"sheet_{style}.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    runner.load_prepare(RECIPES / "emoji-names")(tmp_path, out)
+    made = {part: (out / f"{part}.tsv").read_text("utf-8").splitlines() for part in ("train", "valid", "test")}
+    assert made["test"][:2] == ["file\ten\tko\tgroup", "pictures/openmoji-0.png\tname 0\t이름 0\tfood"]
+    assert len(made["test"]) == 51
+    assert not any("openmoji" in row for row in made["train"] + made["valid"])
+    assert all("fluent-flat" in row for row in made["valid"][1:])
+    assert 0 < len(made["valid"]) - 1 < 25
+    assert len(made["train"]) + len(made["valid"]) - 2 == 149
+    with image.open(out / "pictures" / "noto-49.png") as picture:
+        assert picture.size == (48, 48)
+        assert picture.getcolors() == [(48 * 48, (255, 0, 0))]
 
 
 @pytest.fixture
