@@ -5,6 +5,7 @@ What may crash runs in a process of its own, which writes down each call before 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -467,6 +468,21 @@ def unchanged(seed: int, count: int) -> None:
             gc.collect(0)
 
 
+def a_cell_without_c_is_given_one(seed: int) -> None:
+    """A c_0 that a vanilla cell or GRU has no use for is not looked into, whatever its shape."""
+    draw = chance.Random(seed)
+    with open(os.environ["LOG"], "w", buffering=1) as log:
+        for number in range(400):
+            call = CALLS[number % len(CALLS)](draw, lambda t: t)
+            if call.name != "stack":
+                continue
+            for shape in ((), (5,), (0,), (1, 2, 3, 4)):
+                call.arguments["c_0"] = torch.zeros(shape)
+                log.write(f"call {number}: {shape}\n")
+                with contextlib.suppress(*HARMLESS):
+                    call()
+
+
 def seed() -> int:
     """The same in CI, another one at each run at home."""
     return 0 if os.environ.get("CI") == "true" else chance.randrange(10**6)
@@ -475,6 +491,11 @@ def seed() -> int:
 def test_every_call_works_or_is_refused(tmp_path: Path) -> None:
     """Thousands of calls with an argument or three that are wrong in shape, type, number, layout or value."""
     in_a_new_process(f"import test_native_safety; test_native_safety.fuzz({seed()}, 3000)", tmp_path / "log")
+
+
+def test_a_state_that_a_cell_does_not_have_is_not_looked_into(tmp_path: Path) -> None:
+    program = "import test_native_safety; test_native_safety.a_cell_without_c_is_given_one(1)"
+    in_a_new_process(program, tmp_path / "log")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards pages with mprotect")

@@ -240,7 +240,9 @@ void stack(int cell, bool bf16, bool both, bool bias, nb::handle x_, const nb::s
         Packs own;
         for (int64_t d = k; d < k + directions; ++d) {
             const auto weight = [&](int64_t i) { return i < each ? nb::handle(list[static_cast<size_t>(d * each + i)]) : nb::none(); };
-            ways.emplace_back(weight(0), weight(1), weight(2), weight(3), h0.part(d), c0.part(d));
+            // Only an LSTM has a c_0; what another cell is given has not been looked at.
+            TensorView first = lstm ? c0.part(d) : TensorView(nb::none(), "c_0");
+            ways.emplace_back(weight(0), weight(1), weight(2), weight(3), h0.part(d), std::move(first));
             if (!packs.empty()) own.push_back(packs[static_cast<size_t>(d)]);
         }
         const Given given(cell, bf16, reverse, x, {nb::none(), "ids"}, {nb::none(), "lengths"}, std::move(ways), own, false, 1);
