@@ -252,7 +252,12 @@ class _Maker:
 
 class _Blocks:
     """A pass in the blocks of `budget.Blocks`. A state is (h, c) or (h,). A tape is (state before the block, the
-    kernels' tape, h and c of its steps), None for what the equation has not or is returned as a whole."""
+    kernels' tape, h and c of its steps), None for what the equation has not or is returned as a whole.
+
+    The weights are laid out for the kernels where computing turns from forward to backward or back, and not again for
+    each block: they cannot change within a pass. Between passes they can, and each is an object of its own. Only one
+    layout is kept, since a tape that fits in the place of the other saves more than laying out again costs.
+    """
 
     def __init__(
         self,
@@ -270,6 +275,7 @@ class _Blocks:
         self.steps, self.batch = given.shape[:2]
         self.hidden, self.count = hh.shape[1], -(-self.steps // make.size)
         self.lstm = make.name == "lstm"
+        self._pack: tuple[bool, Any] | None = None
         self.start: Tensors = (h0.float(),) if c0 is None else (h0.float(), c0.float())
         shape = (self.steps, self.batch, self.hidden)
         self.writes = saved is None
@@ -302,6 +308,14 @@ class _Blocks:
         reset = None if self.reset is None else self.reset[span]
         return Direction(*self.weights, h, c, reset, self.make.reverse)
 
+    def _packed(self, backward: bool) -> list[Any]:
+        if self._pack is None or self._pack[0] != backward:
+            source, hh = self.weights[:2]
+            ih = source if self.inputs.is_floating_point() else None
+            self._pack = None  # first, so that its memory can be used again
+            self._pack = backward, native.pack(self.make.name, ih, hh, bf16=self.make.bf16, backward=backward)
+        return [self._pack[1]]
+
     def _lengths(self, span: slice) -> Tensor | None:
         return None if self.lengths is None else (self.lengths - span.start).clamp_(0, span.stop - span.start)
 
@@ -316,6 +330,7 @@ class _Blocks:
             bf16=self.make.bf16,
             record=record,
             cs=self.make.whole_c,
+            packs=self._packed(backward=False),
             outputs=None if own is None else own[span],
         )
         if self.c is not None and self.writes and run.cs is not None:
@@ -363,6 +378,7 @@ class _Blocks:
             None if self.d_x is None else self.d_x[span],
             bf16=self.make.bf16,
             block=self.make.size,
+            packs=self._packed(backward=True),
         )
         return (d_h0[0], None if d_c0 is None else d_c0[0])
 

@@ -10,8 +10,8 @@ goes through operators of `torch.library`: `unrolled::layer`, `unrolled::linear`
 the kernels are called directly, which is what makes a single step short.
 
 Weights are laid out anew for the kernels at each call (a small share of its work, and where there are few rows it is
-done on the way), so that no change of a weight, by whatever means, is ever missed. `Frozen` keeps a copy, because it
-was asked to.
+done on the way), so that no change of a weight, by whatever means, is ever missed. `pack` does it once for the many
+calls of one pass, forward or backward, and `Frozen` keeps a copy, because it was asked to.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ __all__ = [
     "instruction_sets",
     "layer",
     "linear",
+    "pack",
     "peak",
     "plain",
     "recurrence_only",
@@ -419,6 +420,7 @@ def backward_into(
     *,
     bf16: bool,
     block: int,
+    packs: Sequence[Any] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """The kernels' backward: writes d_x `[T B I]`, adds to `into`; returns d(h0), d(c0) `[D B H]`.
 
@@ -443,7 +445,7 @@ def backward_into(
         inputs.contiguous() if looked_up else None,
         lengths,
         [_arguments(d, looked_up) for d in directions],
-        [],
+        packs,
         outputs,
         [(None if tape is None else tape[d], None if cs is None else cs[d]) for d in range(count)],
         None if d_outputs is None else _ready(d_outputs),
@@ -822,6 +824,16 @@ class Frozen(NamedTuple):
     packs: tuple[Any, ...]
 
 
+def pack(name: str, ih: Tensor | None, hh: Tensor, *, bf16: bool, backward: bool) -> Any:
+    """A direction's weights laid out for `forward_into` or `backward_into`; ih: None if inputs are looked up.
+
+    A copy, which a later change of the weights does not reach: it must not outlive the pass that it is made for.
+    """
+    return _native.pack(
+        CELLS[name], bf16, backward, None if ih is None else ih.contiguous(), hh.contiguous(), torch.get_num_threads()
+    )
+
+
 def freeze(name: str, directions: Sequence[_Four], bf16: bool) -> Frozen:
     """Copies of each direction's (W_ih, W_hh, b_ih, b_hh), laid out for the kernels.
 
@@ -832,7 +844,7 @@ def freeze(name: str, directions: Sequence[_Four], bf16: bool) -> Frozen:
         return None if bias is None else bias.detach().clone()
 
     kept = tuple((ih.detach().clone(), hh.detach().clone(), copy(b), copy(c)) for ih, hh, b, c in directions)
-    packs = tuple(_native.pack(CELLS[name], bf16, False, ih, hh, torch.get_num_threads()) for ih, hh, _, _ in kept)
+    packs = tuple(pack(name, ih, hh, bf16=bf16, backward=False) for ih, hh, _, _ in kept)
     return Frozen(name, bf16, kept, packs)
 
 
@@ -924,12 +936,12 @@ def recurrence_only(name: str, steps: int, batch: int, hidden: int, bf16: bool, 
     ids = torch.randint(64, (steps, batch), generator=generator)
     state = torch.randn(batch, hidden, generator=generator)
     direction = Direction(table, hh, None, None, state, state.clone() if name == "lstm" else None, None, reverse=False)
-    pack = _native.pack(CELLS[name], bf16, False, None, hh, torch.get_num_threads())
+    packs = [pack(name, None, hh, bf16=bf16, backward=False)]
     outputs = torch.empty(steps, batch, hidden)
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        forward_into(name, ids, [direction], None, bf16=bf16, packs=[pack], outputs=outputs)
+        forward_into(name, ids, [direction], None, bf16=bf16, packs=packs, outputs=outputs)
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 
