@@ -17,7 +17,6 @@ from unrolled import nn
 from unrolled.cells import EQUATIONS, Lookup
 from unrolled.errors import DataError, ModelError, StorageError
 from unrolled.trace import (
-    Trace,
     gradient_flow,
     gradient_norms,
     load_trace,
@@ -252,11 +251,11 @@ def test_saturation_and_memory_are_those_of_the_gates() -> None:
         one = model.core.layers[0][0]
         for parameter in one.parameters():
             parameter.zero_()
-        one.bias_ih[8:16] = math.log(9)  # the forget gate: 0.9 at every step
+        one.bias_ih[8:16] = math.log(4)  # the forget gate: 0.8 at every step
         one.bias_ih[:8] = 10  # the input gate: open
     trace = record(model, TEXT)
-    assert memory_length(trace, "core.0.forward") == pytest.approx(10)
-    assert saturation(trace, "core.0.forward") == {"i": 1.0, "f": pytest.approx(0, abs=1), "o": 0.0}
+    assert memory_length(trace, "core.0.forward") == pytest.approx(5)
+    assert saturation(trace, "core.0.forward") == {"i": 1.0, "f": 0.0, "o": 0.0}
     plain = record(small_model(text=ENGLISH, cell="rnn"), TEXT)
     assert memory_length(plain, "core.0.forward") is None
     assert saturation(plain, "core.0.forward") == {}
@@ -341,11 +340,14 @@ def test_what_cannot_be_recorded() -> None:
 
 
 def test_a_thousand_steps_take_two_seconds() -> None:
-    """With room for a busy machine: measured 0.3 s for the run and 1.2 s with gradients."""
+    """At most; measured 0.16 s on two cores, and 2.7 s with gradients, which take the reference path."""
     model = small_model(text=ENGLISH, dtype=torch.float32, hidden=512, layers=2)
     record(model, TEXT)
     began = time.monotonic()
     trace = record(model, (ENGLISH * 2)[:1000])
-    assert time.monotonic() - began < 8
-    assert isinstance(trace, Trace)
+    assert time.monotonic() - began < 2
+    assert len(trace.read) == 1000
+
+
+def test_every_cell_is_recorded_here() -> None:
     assert set(CELLS) == set(EQUATIONS)
