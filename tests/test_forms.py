@@ -574,3 +574,14 @@ def test_films_are_labelled_frame_by_frame(tmp_path: Path) -> None:
     figures = unrolled.evaluate(model, tmp_path / "clips.csv")
     assert figures["accuracy"] > 0.9, figures
     assert figures["tokens"] == 80
+
+
+def test_a_treebank_is_read_by_its_words(tmp_path: Path) -> None:
+    """`--input text --output labels:upos` on CoNLL-U: the words as they are cut, not those between spaces."""
+    sentence = "# text = Good film!\n1\tGood\t_\tADJ{0}\n2\tfilm\t_\tNOUN{0}\n3\t!\t_\tPUNCT{0}\n\n".format("\t_" * 6)
+    (tmp_path / "en.conllu").write_text(sentence * 20, "utf-8")
+    model = unrolled.train(
+        tmp_path / "en.conllu", tmp_path / "m", input="text", output="labels:upos", unit="word+char",
+        **{**TINY, "steps": 2},
+    )  # fmt: skip
+    assert unrolled.evaluate(model, tmp_path / "en.conllu")["tokens"] == 60

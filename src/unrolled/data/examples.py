@@ -38,6 +38,7 @@ __all__ = [
 Array: TypeAlias = npt.NDArray[Any]
 
 _USUAL = {
+    "words": ("form", "text", "sentence"),
     "text": ("text", "form", "sentence", "source", "document"), "label": ("label",), "number": ("number",),
     "labels": ("tag", "upos", "labels", "label"), "numbers": ("numbers", "number"), "image": ("file", "image"),
     "video": ("file", "video"), "vector": ("file", "vector"), "series": ("file", "series"),
@@ -136,7 +137,9 @@ def read_values(table: Table, config: Config, *, outputs: bool | None = True) ->
         DataError: a column is missing.
     """
     given, asked = config.input, config.output
-    inputs = _columns(table, given.columns, given.kind, "input")
+    # CoNLL-U has a sentence both as its words and as a text: an output a word is of the words.
+    aligned = asked.kind in ("labels", "numbers")
+    inputs = _columns(table, given.columns, "words" if aligned and given.kind == "text" else given.kind, "input")
     labelled = outputs is not False
     wanted: tuple[str, ...] = ()
     if labelled:
@@ -148,7 +151,6 @@ def read_values(table: Table, config: Config, *, outputs: bool | None = True) ->
                 raise
             labelled = False
     group = config.data.group
-    aligned = asked.kind in ("labels", "numbers")
     if group is None and given.kind == "video" and aligned and _repeats(table, inputs[0]):
         group = inputs[0]  # a row a frame
     if group is not None:
@@ -173,7 +175,7 @@ def _columns(table: Table, named: Sequence[str], usual: str, end: str) -> tuple[
     for name in _USUAL[usual]:
         if name in table.columns:
             return (name,)
-    kind = "text" if usual == "target" else usual
+    kind = "text" if usual in ("target", "words") else usual
     raise DataError(
         f"{end}: which column is it? Expected --{end} {kind}:COLUMN, columns here: {', '.join(table.columns)}"
     )
