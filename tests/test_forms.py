@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import unrolled
-from unrolled.checkpoints import checkpoint_steps, read_checkpoint
+from unrolled.checkpoints import checkpoint_steps, load, read_checkpoint
 from unrolled.config import resolve
 from unrolled.decoding import BeamSettings
 from unrolled.errors import ConfigError, DataError, ModelError, TrainingError
+from unrolled.evaluation import evaluate_examples
 from unrolled.model import form_of
-from unrolled.prediction import Searching, predict
+from unrolled.prediction import Searching, longest, predict
 from unrolled.progress import Silent
 
 GOOD, BAD = ["좋다", "good", "fine", "great", "재미"], ["싫다", "bad", "awful", "poor", "최악"]
@@ -271,6 +272,22 @@ def test_evaluate_prints_figures_or_json(folder: Path) -> None:
     assert "yes" in shown, "the confusion table names the labels"
     figures = json.loads(run("evaluate", folder / "t", folder / "test.tsv", "--json").stdout)
     assert {"bleu", "chrf", "perplexity", "signature", "examples"} <= set(figures)
+
+
+def test_evaluate_judges_what_predict_writes(folder: Path) -> None:
+    """With the same settings of the search, whatever they are."""
+    model = load(folder / "t")
+    data = folder / "test.tsv"
+    found = []
+    for flags, settings in (
+        (["--length-penalty", 0], {"length_penalty": 0.0}),
+        (["--length-penalty", 9], {"length_penalty": 9.0}),
+        (["--block-ngram", 1], {"block_ngram": 1}),
+    ):
+        found.append(json.loads(run("evaluate", folder / "t", data, *flags, "--beam", 3, "--json").stdout)["chrf"])
+        searching = Searching(BeamSettings(beam=3, max_length=longest, **settings))
+        assert found[-1] == pytest.approx(evaluate_examples(model, data, searching=searching)["chrf"], abs=1e-9)
+    assert found[2] not in found[:2], "a flag does something"
 
 
 def test_predict_takes_texts_files_and_lines(folder: Path) -> None:

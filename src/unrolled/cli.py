@@ -315,6 +315,8 @@ def evaluate(
     input: Annotated[str | None, typer.Option(help="Columns, if not those of training.", metavar="KIND:COLUMN")] = None,
     output: Annotated[str | None, typer.Option(help="The same of the output.", metavar="KIND:COLUMN")] = None,
     beam: Annotated[int, typer.Option(help="Hypotheses kept at each step where text is written; 1 is greedy.")] = 5,
+    length_penalty: Annotated[float, typer.Option(help="Of written text: above 0 favours longer ones.")] = 1.0,
+    block_ngram: Annotated[int, typer.Option(help="Of written text: no run of so many symbols twice (0: off).")] = 0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", metavar="", help="Leave out examples that cannot be read, and list them.")
     ] = False,
@@ -342,7 +344,9 @@ def evaluate(
         figures = evaluate_examples(
             expect_answers(loaded),
             data,
-            searching=Searching(BeamSettings(beam=beam, max_length=longest)),
+            searching=Searching(
+                BeamSettings(beam=beam, length_penalty=length_penalty, block_ngram=block_ngram, max_length=longest)
+            ),
             input=input,
             output=output,
             skip_bad=skip_bad,
