@@ -565,6 +565,7 @@ NB_MODULE(_native, m) {
     m.def("share_openmp", [](const std::string& path) { return share_openmp(path.c_str()); }, arg("path"));
     m.def("describe_threads", &describe_threads);
     m.def("scratch_held", &scratch_held);
+    m.def("release_scratch", &release_scratch);
     m.def("peak", [](bool bf16, int threads, double seconds) {
         expect_threads(threads);
         nb::gil_scoped_release unlocked;

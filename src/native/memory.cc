@@ -79,6 +79,16 @@ Scratch& Scratch::operator=(Scratch&& other) noexcept {
     return *this;
 }
 
+void release_scratch() {
+    std::vector<Block> blocks;
+    {
+        std::lock_guard<std::mutex> lock(store->mutex);
+        blocks.swap(store->free);
+        store->kept = 0;
+    }
+    for (const Block& block : blocks) std::free(block.data);
+}
+
 size_t scratch_held() {
     std::lock_guard<std::mutex> lock(store->mutex);
     return store->kept + store->in_use;

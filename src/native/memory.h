@@ -32,4 +32,7 @@ private:
 // Bytes of scratch that are in use or kept.
 size_t scratch_held();
 
+// Gives what is kept back to the system.
+void release_scratch();
+
 }  // namespace unrolled

@@ -49,6 +49,7 @@ struct Plan {
 };
 
 constexpr int64_t rows_for_units = 6;           // fewer rows than this for each thread: share by units
+constexpr int64_t rows_ahead = 128;             // inputs are multiplied for so many rows before these are gone through
 constexpr double flop_for_threads = 100e3;      // a step or call below it is not worth waking a thread for
 
 Plan make_plan(const Extent& extent, Cell cell, int directions, int threads) {
@@ -292,8 +293,10 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
         }
     }
 
-    // The products with the inputs, for as many steps at once as make them large while what they write stays near.
-    const int64_t ahead = lookup ? T : std::clamp<int64_t>(192 / std::max<int64_t>(n, 1), 1, std::max<int64_t>(T, 1));
+    // The products with the inputs, for as many steps at once as make them large while what they write stays near; of all
+    // threads together, for the budget of `fused.costs` holds whatever their number.
+    const int64_t ahead =
+        lookup ? T : std::clamp<int64_t>(rows_ahead / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
     const bool in_place = f.tape[d] != nullptr || C == Cell::rnn || C == Cell::rnn_relu;
     Scratch projected_block, x_block;
     if (!lookup && !in_place) projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
@@ -512,6 +515,7 @@ UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plai
 struct BackwardLayout {
     int64_t d_row;                                   // elements of a row of D
     size_t d_bytes, h_bytes, x_bytes;                // D of a piece; its right operands h before and x, packed
+    size_t second_d, right_h, right_x;               // D of every other piece: the first one's where there is no other
     int64_t h_pass, x_pass;                          // elements of one pass of a right operand
     size_t first_d, carry, d_cell, zero, zero_bytes;
     size_t exact, total;                             // D of a piece before it was rounded, if that is wanted
@@ -531,7 +535,10 @@ BackwardLayout backward_layout(const Extent& e, bool lookup, bool exact) {
     l.x_pass = lookup ? 0 : Plain{e.I}.panels() * panel_elements<Number, Plain>(std::min(K, summed_at_once));
     l.h_bytes = round(static_cast<size_t>(passes * l.h_pass) * element);
     l.x_bytes = round(static_cast<size_t>(passes * l.x_pass) * element);
-    l.first_d = 2 * l.d_bytes + l.h_bytes + l.x_bytes;
+    l.second_d = e.T > e.block ? l.d_bytes : 0;
+    l.right_h = l.second_d + l.d_bytes;
+    l.right_x = l.right_h + l.h_bytes;
+    l.first_d = l.right_x + l.x_bytes;
     l.carry = l.first_d + round(static_cast<size_t>(e.B * l.d_row) * element);
     l.d_cell = l.carry + round(C == Cell::gru ? static_cast<size_t>(e.B * e.H) * 4 : 0);
     l.zero = l.d_cell + round(C == Cell::lstm ? static_cast<size_t>(e.B * e.H) * 4 : 0);
@@ -580,9 +587,9 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
     const bool exact = sums_exactly<Number>(b, d);
     const BackwardLayout layout = backward_layout<Number, C>(b.extent, lookup, exact);
     const int64_t D_row = layout.d_row;
-    Element* const D[2] = {reinterpret_cast<Element*>(shared), reinterpret_cast<Element*>(shared + layout.d_bytes)};
-    Element* const right_h = reinterpret_cast<Element*>(shared + 2 * layout.d_bytes);
-    Element* const right_x = reinterpret_cast<Element*>(shared + 2 * layout.d_bytes + layout.h_bytes);
+    Element* const D[2] = {reinterpret_cast<Element*>(shared), reinterpret_cast<Element*>(shared + layout.second_d)};
+    Element* const right_h = reinterpret_cast<Element*>(shared + layout.right_h);
+    Element* const right_x = reinterpret_cast<Element*>(shared + layout.right_x);
     Element* const first_d = reinterpret_cast<Element*>(shared + layout.first_d);
     float* const carry = reinterpret_cast<float*>(shared + layout.carry);
     float* const d_cell = reinterpret_cast<float*>(shared + layout.d_cell);
@@ -813,7 +820,7 @@ void backward_layer(const Backward& given, int threads) {
         // The spare elements at the end of D's rows.
         const int64_t columns = d_gates<C>() * e.H;
         for (int64_t k = 0; k < std::min(e.block, e.T) * e.B; ++k)
-            for (const size_t base : {size_t{0}, layout.d_bytes}) {
+            for (const size_t base : {size_t{0}, layout.second_d}) {
                 auto* row = shared[d].template as<ElementOf<Number>>(base) + k * layout.d_row;
                 std::fill(row + columns, row + layout.d_row, ElementOf<Number>{});
             }

@@ -144,7 +144,8 @@ def costs(
     """What `layer` keeps of one direction with these arguments; of `inputs` only shape and kind matter.
 
     A block of S steps has the tape, in numbers: h S B H, unless the outputs are returned; LSTM: gates and c,
-    5 S B H, GRU: gates and W_hn h + b_hn, 4 S B H. A state is h, or h and c.
+    5 S B H, GRU: gates and W_hn h + b_hn, 4 S B H; with lengths also the state after it, which without them is part of
+    h and c. A state is h, or h and c.
     """
     name, hidden, gates = cell.equation.name, cell.hidden_size, cell.equation.gates
     vectors = inputs.ids if isinstance(inputs, Lookup) else inputs
@@ -155,27 +156,31 @@ def costs(
     width = 0 if looked_up else width
     lstm, gated = name == "lstm", name in ("lstm", "gru")
     kept_h = not (outputs or all_states)
-    tape = rows * hidden * (kept_h + 4 * gated + (lstm and not all_states))
     state = batch * hidden * (1 + lstm)
+    tape = rows * hidden * (kept_h + 4 * gated + (lstm and not all_states)) + ragged * state
     columns = (4 if gated else 1) * hidden
 
-    # The kernels' scratch memory, which forward and backward use in turn: weights laid out for one of them, in whole
-    # panels of vectors; D of two blocks and of first steps (of one also before it is rounded), what it is multiplied
-    # with, what is carried from step to step; forward, the sums of some 192 rows; in Python, h (and c) of a block
-    # computed anew, states passed on.
+    # The kernels' scratch memory, of forward and of backward, which is kept from call to call: weights laid out for one
+    # of them, in whole panels of vectors; of a block D, the gradients of its sums (where operands are rounded also as
+    # it was before), and what D is multiplied with; D of first steps and what is carried from step to step; forward,
+    # the sums of some 128 rows; h of steps without a tape; states passed on.
     def panels(n: int, whole: int = 64) -> int:
         return -(-n // whole) * whole
 
-    fixed = gates * panels(hidden, 64 if gates == 1 else 16) * (panels(width) + panels(hidden))
     cast = torch.is_autocast_enabled("cpu")
-    fixed += (3 if cast else 2) * (rows + batch) * (columns + 16)
-    fixed += rows * (panels(width) + panels(hidden)) + 4 * batch * hidden
-    fixed += max(batch, 192) * (gates * hidden + width) + rows * hidden * (1 + lstm) + 4 * state + 256 * 96
+    operand = 2 if cast else 4
+    fixed = operand * gates * panels(hidden, 64 if gates == 1 else 16) * (panels(width) + panels(hidden))
+    for n in (rows, steps % size * batch):  # a shorter last block leaves scratch memory of its own size
+        ahead = min(n, max(batch, 128))
+        fixed += operand * ((n + batch) * (columns + 16) + n * (panels(width) + panels(hidden)))
+        fixed += 4 * cast * n * (columns + 16)
+        fixed += 4 * ahead * gates * hidden + operand * cast * ahead * (width + 2 * hidden + 64)
+    fixed += 4 * (kept_h * rows * hidden + 4 * batch * hidden + 4 * state + 256 * 96)
     if isinstance(inputs, Lookup):
         symbols = cell.input_size if inputs.table is None else inputs.table.shape[0]
-        fixed += 3 * gates * hidden * symbols if looked_up else 2 * steps * batch * width
-    fixed += 8 * batch + rows * 8  # lengths of a block, places of its rows, in 8 bytes each
-    return Costs(-(-steps // size), state * 4, tape * 4, fixed * 4 + 64 * 1024)
+        fixed += 4 * (3 * gates * hidden * symbols if looked_up else 2 * steps * batch * width)
+    fixed += 4 * 8 * batch + 48 * rows  # lengths of a block, places of its rows and pointers to them
+    return Costs(-(-steps // size), state * 4, tape * 4, fixed + 128 * 1024)
 
 
 def _budgeted(
@@ -338,6 +343,14 @@ class _Blocks:
         after: Tensors = (run.h[0],) if run.c is None else (run.h[0], run.c[0])
         h = run.outputs if self.h is None else None
         c = run.cs if self.c is None else None
+        if record and self.lengths is None:
+            # The last of what is kept anyway.
+            last = 0 if self.make.reverse else -1
+            every_h = h if self.h is None else self.h[span]
+            every_c = None if c is None else c[0]
+            if self.c is not None:
+                every_c = self.c[span]
+            after = tuple(part[last] for part in (every_h, every_c) if part is not None)
         return (*state, tape, h, c), after
 
     def advance(self, first: int, last: int, state: Tensors) -> Tensors:

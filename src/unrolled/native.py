@@ -60,6 +60,7 @@ __all__ = [
     "peak",
     "plain",
     "recurrence_only",
+    "release_scratch",
     "scratch_held",
     "set_block_steps",
     "set_reference",
@@ -132,6 +133,12 @@ def peak(bf16: bool, threads: int, seconds: float) -> float:
 def scratch_held() -> int:
     """Bytes of scratch memory that the kernels use or keep for the next call."""
     return 0 if _native is None else int(_native.scratch_held())
+
+
+def release_scratch() -> None:
+    """Give the scratch memory that is kept for the next call back to the system."""
+    if _native is not None:
+        _native.release_scratch()
 
 
 def unsuited(weight: Tensor, name: str | None = None) -> str | None:

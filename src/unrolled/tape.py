@@ -43,6 +43,7 @@ __all__ = ["costs", "recurrence", "supports", "uses_onednn"]
 
 _EQUATIONS = tuple(cell.equation for cell in (RNN, ReluRNN, LSTM, GRU))
 _tanh_backward = torch.ops.aten.tanh_backward
+_relu_backward = torch.ops.aten.threshold_backward  # nothing where h is 0, be the gradient infinite
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 
 
@@ -481,7 +482,7 @@ class _Blocks:
             elif equation == "rnn":
                 _tanh_backward(dh, hs[after], grad_input=a)
             else:
-                torch.mul(dh, ~(hs[after] <= 0), out=a)  # as torch's relu: the gradient goes through NaN
+                _relu_backward(dh, hs[after], 0, grad_input=a)
             if own is not None:
                 padding = ~own
                 a.masked_fill_(padding, 0)

@@ -43,6 +43,8 @@ Scratch& Scratch::operator=(Scratch&& other) noexcept {
 
 size_t scratch_held() { return in_use; }
 
+void release_scratch() {}
+
 }  // namespace unrolled
 
 #endif

@@ -154,6 +154,10 @@ void check_memory() {
         to.check(scratch_held() >= held + (size_t{100} << 20), "held", "does not count a block in use");
     }
     to.check(scratch_held() <= size_t{65} << 20, "held", "keeps more than it should");
+    const Scratch used(size_t{1} << 20);
+    release_scratch();
+    to.check(scratch_held() >= size_t{1} << 20, "released", "gives back a block in use");
+    to.check(scratch_held() < size_t{2} << 20, "released", "keeps what is not in use");
 }
 
 // The exit status of a child process that runs `work`; -1 if it was killed.
