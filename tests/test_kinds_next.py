@@ -240,6 +240,108 @@ def test_a_walk_of_even_steps_has_the_quantiles_of_a_normal_distribution() -> No
     torch.testing.assert_close(middle - low, wanted, rtol=0.08, atol=0)
 
 
+# --- seasons
+
+
+def told(model: Small, series: Any) -> list[Any]:
+    """What the equation tells after each step of a scaled series [T F], step by step."""
+    s, state, found = model.writer.season, model.core.initial_state(1), []
+    x = torch.from_numpy(series)
+    with torch.no_grad():
+        for t in range(len(x)):
+            hidden, state = model.core.step(x[t][None], state)
+            base = x[t] if t < s or s == 1 else x[t + 1 - s] + model.writer.kept * (x[t] - x[t - s])
+            found.append(model.writer(hidden, base[None])[0, model.writer.shares.index(0.5)])
+    return found
+
+
+@pytest.mark.parametrize("season", [1, 2, 5, 7, 30])
+def test_untrained_it_says_that_all_is_as_a_season_ago(season: int) -> None:
+    model = small([LONG], "output.horizon=9", f"output.season={season}").eval()
+    chosen = config("output.horizon=9", f"output.season={season}")
+    for answer, raw in zip(model.raw([LONG, SHORT]), (LONG, SHORT), strict=True):
+        if len(raw) > season:
+            value = model.output.answer(answer).value
+            np.testing.assert_allclose(value, model.output.trivial(raw, chosen), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("season", [1, 2, 6, 9])
+def test_with_a_season_all_runs_say_the_same(season: int) -> None:
+    """The equation step by step, a whole run over padded rows, a stream, and a forecast, which is fed back."""
+    model = stirred("output.horizon=6", f"output.season={season}")
+    rows = [model.input.encode(one)[0] for one in (LONG, SHORT)]
+    steps = model.input.collate([(row,) for row in rows])
+    with torch.no_grad():
+        whole = model.writer.scores(lambda: steps.tensors[0], model.run, steps)
+        for b, row in enumerate(rows):
+            torch.testing.assert_close(whole[: len(row), b], torch.stack(told(model, row)))
+        state = model.writer.first(model.core, 1)
+        for t, x in enumerate(torch.from_numpy(rows[1])):
+            said, state = model.writer.step(model.core, x[None], state)
+            torch.testing.assert_close(said[0], whole[t, 1])
+            state = state.select(torch.tensor([0, 0])).select(torch.tensor([1]))
+    fed = list(rows[1])
+    for _ in range(6):
+        fed.append(told(model, np.stack(fed))[-1].numpy())
+    found = model.raw([LONG, SHORT])[1]
+    torch.testing.assert_close(found[0], torch.from_numpy(np.stack(fed[-6:])))
+
+
+def test_steps_without_a_season_behind_them_are_not_learnt_from() -> None:
+    model = stirred("output.season=3")
+    series = model.input.encode(SHORT)[0]
+    total = 0.0
+    for t, middle in enumerate(told(model, series)[:-1]):
+        if t >= 3:
+            missed = (torch.from_numpy(series[t + 1]) - middle) / model.writer.change
+            total += torch.nn.functional.huber_loss(missed, torch.zeros(2), reduction="sum").item()
+    assert model.mean_loss([SHORT], [SHORT]).item() == pytest.approx(total / (3 * 2), rel=1e-4)
+    short = SHORT[:4]  # no step has one: all are learnt from
+    steps = model.input.collate([model.input.encode(short)])
+    loss = model.writer.loss(lambda: steps.tensors[0], model.run, steps, Targets(steps.tensors, steps.lengths))
+    assert loss.count == 3 * 2
+
+
+@pytest.mark.parametrize("season", [1, 3])
+def test_learning_ahead_is_of_forecasts_fed_back(season: int) -> None:
+    """Beside the loss of one step: the model's own forecast from the places that were drawn, step by step."""
+    settings = [f"output.season={season}", "output.horizon=5"]
+    model, plain = stirred(*settings, "output.ahead=5"), stirred(*settings)
+    rows = [model.input.encode(one)[0] for one in (LONG, SHORT, LONG[:4])]
+    steps = model.input.collate([(row,) for row in rows])
+    targets = Targets(steps.tensors, steps.lengths)
+    losses = []
+    for one in (model, plain):
+        torch.manual_seed(7)
+        losses.append(one.writer.loss(lambda: steps.tensors[0], one.run, steps, targets))
+    least = season if season > 1 else 0
+    room = {b: len(row) - 5 - least for b, row in enumerate(rows)}
+    torch.manual_seed(7)
+    drawn = torch.rand(sum(model.writer.starts for space in room.values() if space > 0))
+    total, places = 0.0, [(b, space) for b, space in room.items() if space > 0 for _ in range(model.writer.starts)]
+    assert {b for b, _ in places} == ({0, 1} if season == 1 else {0})
+    for share, (b, space) in zip(drawn.tolist(), places, strict=True):
+        place = least + int(share * space)
+        fed = list(rows[b][: place + 1])
+        for n in range(1, 6):
+            fed.append(told(model, np.stack(fed))[-1].numpy())
+            if n > 1:
+                missed = (torch.from_numpy(rows[b][place + n]) - torch.from_numpy(fed[-1])) / model.writer.change
+                total += torch.nn.functional.huber_loss(missed, torch.zeros(2), reduction="sum").item()
+    assert losses[0].count - losses[1].count == len(places) * 4 * 2
+    assert (losses[0].total - losses[1].total).item() == pytest.approx(total, rel=1e-3)
+    losses[0].total.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_a_model_from_before_there_were_seasons_has_none() -> None:
+    learnt = Next.learn([LONG], config("output.season=3"))
+    assert again(learnt).season == 3
+    old = learnt.to_json()
+    del old["season"]
+    assert Next.from_json(old).season == 1
+
+
 def test_an_answer_is_in_the_series_own_units() -> None:
     learnt = Next.learn([LONG], config("output.horizon=3", "output.quantiles=[0.1, 0.9]"))
     raw = torch.from_numpy(learnt.scale.apply(np.arange(18.0).reshape(3, 3, 2)))

@@ -190,7 +190,8 @@ class OutputConfig(_Section):
         0.0, ge=0, le=1, description="Share of the decoder's inputs that are its own words, in training; 0: forced."
     )
     horizon: int = Field(24, ge=1, description="How many steps ahead a series is forecast.")
-    season: int = Field(1, ge=1, description="Steps of a season, for the naive forecast that MASE compares with.")
+    season: int = Field(1, ge=1, description="Steps of a season: forecasts start from what was a season ago (1: none).")
+    ahead: int = Field(1, ge=1, description="How many steps ahead are learnt, own forecasts fed back as in use.")
     quantiles: _Shares = Field((), description="Quantiles to forecast beside the middle, e.g. [0.1, 0.9].")
 
 

@@ -164,7 +164,7 @@ class ExampleModel(Model):
             ModelError: the model gives one answer to all of its input and has no steps to stream.
         """
         if self.ends.output.aligned:
-            return self.core.initial_state(batch)
+            return self.writer.first(self.core, batch)
         if steps is None or not hasattr(self.writer, "begin"):
             raise ModelError(f"{self.form}: there is one answer to the whole input, so that nothing can be streamed")
         return self.writer.begin(lambda: self._read(steps), _Run(self.core), steps)
@@ -187,10 +187,10 @@ class ExampleModel(Model):
         """
         if isinstance(x, Steps):
             read = self.reader(*x.tensors)
-            step = Lookup(read.ids[0], read.table) if isinstance(read, Lookup) else read[0]
-            hidden, state = self.core.step(step, state)
-            return self.writer.at(hidden, step), state
-        scores, state = self.writer.step(self.core, x, state)
+            step: Any = Lookup(read.ids[0], read.table) if isinstance(read, Lookup) else read[0]
+        else:
+            step = x
+        scores, state = self.writer.step(self.core, step, state)
         return scores, state
 
 

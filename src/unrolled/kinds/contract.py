@@ -149,6 +149,15 @@ class Writer(nn.Module, ABC):
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         """The model's raw answers to a batch, one a row; `Output.answer` puts them in words."""
 
+    def first(self, core: Core, batch: int) -> Any:
+        """The state before anything is read, where there is one output a step; it has `select(rows)`."""
+        return core.initial_state(batch)
+
+    def step(self, core: Core, x: Any, state: Any) -> tuple[Tensor, Any]:
+        """One step of each row, of inputs `[B I]`: what comes out of it, and the state after."""
+        hidden, state = core.step(x, state)
+        return self.at(hidden, x), state  # type: ignore[operator]
+
 
 class Input(ABC):
     """What goes in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unrolled.cells import map_state
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds.contract import Answer, Arrays, Loss, Output, Run, Score, Steps, Targets, Writer, register
 from unrolled.kinds.label import real
@@ -19,12 +21,13 @@ from unrolled.kinds.scores import SeriesScore
 from unrolled.kinds.series import NumbersReader, Series, series_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
     from unrolled.config import Config
     from unrolled.nn import Core
+    from unrolled.unroll import Unrolled
 
-__all__ = ["Next", "SeriesWriter"]
+__all__ = ["Next", "Past", "SeriesState", "SeriesWriter"]
 
 
 @register
@@ -38,6 +41,8 @@ class Next(Output):
         naive: mean absolute error, per column, of the forecast "as one season ago" within the training part; what MASE
             divides by (Hyndman and Koehler 2006).
         horizon: how many steps ahead; quantiles: to forecast beside the middle.
+        season: how many steps a season has; 1: there is none.
+        ahead: how many steps ahead are learnt.
     """
 
     kind: ClassVar[str] = "next"
@@ -51,8 +56,10 @@ class Next(Output):
         naive: Sequence[float],
         horizon: int,
         quantiles: Sequence[float] = (),
+        season: int = 1,
+        ahead: int = 1,
     ) -> None:
-        self.scale = scale
+        self.scale, self.season, self.ahead = scale, season, ahead
         self.change, self.naive = np.asarray(change, np.float64), np.asarray(naive, np.float64)
         self.horizon, self.quantiles = horizon, tuple(sorted(set(quantiles)))
 
@@ -84,7 +91,9 @@ class Next(Output):
             )
         change = np.sqrt(squares / changes)
         change = np.where(change > 0, change, scale.deviation)
-        return cls(scale, change.tolist(), (errors / pairs).tolist(), output.horizon, output.quantiles)
+        return cls(
+            scale, change.tolist(), (errors / pairs).tolist(), output.horizon, output.quantiles, season, output.ahead
+        )
 
     def encode(self, value: Any) -> Arrays:
         """The scaled numbers, float32 [T F]: what is to be forecast is what is read, a step later."""
@@ -97,7 +106,8 @@ class Next(Output):
         """
         if not isinstance(reader, NumbersReader) or reader.step_size != self.scale.width:
             raise ConfigError("output.kind: next forecasts the series that is read: expected input.kind series")
-        return SeriesWriter(core.output_size, self.change / self.scale.deviation, self.horizon, self.quantiles)
+        change = self.change / self.scale.deviation
+        return SeriesWriter(core.output_size, change, self.horizon, self.quantiles, self.season, self.ahead)
 
     def answer(self, raw: Tensor) -> Answer:
         """raw: scaled forecasts [1+Q horizon F], the middle and then each quantile."""
@@ -123,19 +133,61 @@ class Next(Output):
             "naive": self.naive.tolist(),
             "horizon": self.horizon,
             "quantiles": list(self.quantiles),
+            "season": self.season,
+            "ahead": self.ahead,
         }
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> Next:
-        return cls(Scale.from_json(obj["scale"]), obj["change"], obj["naive"], int(obj["horizon"]), obj["quantiles"])
+        season, ahead = int(obj.get("season", 1)), int(obj.get("ahead", 1))  # models from before these were have none
+        scale = Scale.from_json(obj["scale"])
+        return cls(scale, obj["change"], obj["naive"], int(obj["horizon"]), obj["quantiles"], season, ahead)
+
+
+@dataclass(frozen=True)
+class Past:
+    """The last steps of a series that is read, as far back as a season asks for.
+
+    values: [s+1 B F], the oldest first; count [B]: how many of them each row has had, s+1 at most.
+    """
+
+    values: Float[Tensor, "s+1 B F"]
+    count: Int[Tensor, "B"]
+
+    def add(self, x: Float[Tensor, "B F"]) -> Past:
+        return Past(torch.cat([self.values[1:], x[None]]), (self.count + 1).clamp(max=len(self.values)))
+
+    def select(self, rows: Int[Tensor, "R"]) -> Past:
+        return Past(self.values[:, rows], self.count[rows])
+
+
+@dataclass(frozen=True)
+class SeriesState:
+    """A core's state, and what a season must know of the past."""
+
+    core: Any
+    past: Past
+
+    def select(self, rows: Int[Tensor, "R"]) -> SeriesState:
+        return SeriesState(self.core.select(rows), self.past.select(rows))
 
 
 class SeriesWriter(Writer):
-    """Hidden states -> the next step: y_{t+1} = x_t + d (W h_t + b), with d the size of a usual change.
+    """Hidden states -> the next step: y_{t+1} = x_t + d (W h_t + b), with d the size of a usual change; with a season
+    of s > 1 steps, y_{t+1} = x_{t+1-s} + a (x_t - x_{t-s}) + d (W h_t + b), once there are s+1 steps to look back on.
 
-    What is learnt is the change: untrained, with W and b zero, the forecast is the naive one, that nothing changes, and
-    a level that the training part never had is carried on and not drawn back to the mean. Errors too are in units of d:
-    where a series is sampled densely, its changes are tiny beside its level, and would be learnt late.
+    What is learnt is the difference from the naive forecast: untrained, with W, b and a zero, the forecast is that one:
+    nothing changes, or all is as one season ago. A level that the training part never had is carried on and not drawn
+    back to the mean. a, one for each column, is how much of today's difference from a season ago the next step keeps;
+    fed back, it dies away as a, a^2, a^3 ... (a seasonal autoregression of order 1; Box and Jenkins 1970). Errors are
+    in units of d: where a series is sampled densely, its changes are tiny beside its level, and would be learnt late.
+    The steps of a row that have no season behind them are not learnt from, unless the whole row has none.
+
+    A model that has learnt one step ahead only may do badly when its own forecasts are fed back: errors that are small
+    at one step add up, and what would matter later was never asked for. With `ahead` n > 1 it is also taught as it is
+    used: from a few places of each row, drawn at random, it goes n steps on its own forecasts of the middle, each of
+    which counts as much as a step of the row, by Huber's loss and in units of d (Venkatraman, Hebert and Bagnell 2015
+    on why; the gradient goes through the steps, as in Werbos 1990).
 
     With quantiles, y_{t+1} is the median, and each quantile further from it lies d times a softplus of its own
     W h_t + b beyond its neighbour, so that they never cross. The loss is the pinball loss of them all; without, it is
@@ -152,82 +204,165 @@ class SeriesWriter(Writer):
         change: d of each of F columns, scaled as they are read; kept in the model's JSON, not among its weights.
         horizon: how many steps `answer` goes ahead.
         quantiles: each in (0, 1), rising; 0.5 is there always.
+        season: s; ahead: n.
     """
 
+    starts = 8
+    """From how many places of a row it goes ahead in an update."""
     paths = 100
     """How many are sampled. Each step's draws are spread evenly over them, so that few tell as much as many."""
 
     change: Tensor
     knots: Tensor
 
-    def __init__(self, size: int, change: npt.ArrayLike, horizon: int, quantiles: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        size: int,
+        change: npt.ArrayLike,
+        horizon: int,
+        quantiles: Sequence[float] = (),
+        season: int = 1,
+        ahead: int = 1,
+    ) -> None:
         super().__init__()
+        self.season, self.ahead = season, ahead
         self.register_buffer("change", torch.tensor(change, dtype=torch.float32), persistent=False)
         self.columns, self.horizon, self.quantiles = len(self.change), horizon, tuple(quantiles)
         self.shares = sorted({*quantiles, 0.5})
         self.linear = nn.Linear(size, len(self.shares) * self.columns)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        self.kept = nn.Parameter(torch.zeros(self.columns)) if season > 1 else None
         self.register_buffer("knots", torch.special.ndtri(torch.tensor(self.shares)), persistent=False)
 
-    def forward(self, hidden: Float[Tensor, "*n H"], last: Float[Tensor, "*n F"]) -> Float[Tensor, "*n K F"]:
-        """The next step after `last`, at each of K shares: the quantiles and the middle."""
+    def forward(self, hidden: Float[Tensor, "*n H"], base: Float[Tensor, "*n F"]) -> Float[Tensor, "*n K F"]:
+        """The next step, at each of K shares: the quantiles and the middle. base: what d (W h + b) is added to."""
         found = self.linear(hidden).view(*hidden.shape[:-1], len(self.shares), self.columns)
         at = self.shares.index(0.5)
         middle = found[..., at : at + 1, :]
         above = middle + F.softplus(found[..., at + 1 :, :]).cumsum(-2)
         below = middle - F.softplus(found[..., :at, :]).flip(-2).cumsum(-2).flip(-2)
-        return last[..., None, :] + self.change * torch.cat([below, middle, above], dim=-2)
+        return base[..., None, :] + self.change * torch.cat([below, middle, above], dim=-2)
+
+    def bases(self, series: Float[Tensor, "T B F"]) -> Float[Tensor, "T B F"]:
+        """What each next step is told from."""
+        s = self.season
+        if self.kept is None or len(series) <= s:
+            return series
+        now, ago, next_ago = series[s:], series[:-s], series[1 : len(series) - s + 1]
+        return torch.cat([series[:s], next_ago + self.kept * (now - ago)])
+
+    def base(self, past: Past) -> Float[Tensor, "B F"]:
+        """The same of the step after the past's last."""
+        if self.kept is None:
+            return past.values[-1]
+        whole = (past.count == len(past.values))[:, None]
+        seasonal = past.values[1] + self.kept * (past.values[-1] - past.values[0])
+        return torch.where(whole, seasonal, past.values[-1])
+
+    def no_past(self, batch: int) -> Past:
+        """Before the first step of each row."""
+        reach = self.season + 1 if self.season > 1 else 1
+        values = self.change.new_zeros(reach, batch, self.columns)
+        return Past(values, torch.zeros(batch, dtype=torch.int64, device=values.device))
 
     def loss(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets) -> Loss:
         """Of all steps of each row but its first, each told from those before it."""
         series = targets.tensors[0]
-        hidden = run(read(), lengths=steps.lengths).outputs[:-1]
+        through = run.core(read(), lengths=steps.lengths, all_states=self.ahead > 1)
+        hidden = run.drop(through.outputs)[:-1]
         mask = real(steps.lengths - 1, len(hidden), hidden.device)
-        found = self(hidden[mask], series[:-1][mask])  # [M K F]
+        if self.season > 1:
+            first = torch.where(steps.lengths - 1 > self.season, self.season, 0).to(mask.device)
+            mask = mask & (torch.arange(len(mask), device=mask.device)[:, None] >= first)
+        found = self(hidden[mask], self.bases(series[:-1])[mask])  # [M K F]
         missed = (series[1:][mask][:, None] - found) / self.change
         count = len(missed) * self.columns
-        if not self.quantiles:
-            return Loss(F.huber_loss(missed, torch.zeros_like(missed), reduction="sum"), count)
-        shares = torch.tensor(self.shares, device=missed.device)[:, None]
-        return Loss(torch.maximum(shares * missed, (shares - 1) * missed).sum(), count)
+        if self.quantiles:
+            shares = torch.tensor(self.shares, device=missed.device)[:, None]
+            total = torch.maximum(shares * missed, (shares - 1) * missed).sum()
+        else:
+            total = _huber(missed)
+        if self.ahead == 1:
+            return Loss(total, count)
+        further, more = self._further(run, series, steps.lengths.to(series.device), through)
+        return Loss(total + further, count + more)
+
+    def _further(
+        self, run: Run, series: Float[Tensor, "T B F"], lengths: Int[Tensor, "B"], through: Unrolled
+    ) -> tuple[Tensor, int]:
+        """The loss of forecasts fed back, from `starts` places of each row that is long enough, and of how many numbers
+        it is. The first step of each is one of those that are learnt from anyway, and not counted again."""
+        least = min(self.season, len(series)) if self.season > 1 else 0
+        room = lengths - self.ahead - least  # places: least, ..., length - 1 - ahead
+        rows = (room > 0).nonzero()[:, 0].repeat_interleave(self.starts)
+        if not len(rows):
+            return series.new_zeros(()), 0
+        places = least + (torch.rand(len(rows)).to(series.device) * room[rows]).long()
+        state = map_state(lambda part: part[places, rows], through.states)
+        past = self._past(series, places + 1, rows)
+        hidden, total = run.drop(through.outputs)[places, rows], series.new_zeros(())
+        for n in range(1, self.ahead + 1):
+            middle = self.at(hidden, self.base(past))
+            if n > 1:
+                total = total + _huber((series[places + n, rows] - middle) / self.change)
+            if n < self.ahead:
+                past = past.add(middle)
+                on = run(middle[None], state=state)
+                hidden, state = on.outputs[0], on.state
+        return total, len(rows) * (self.ahead - 1) * self.columns
+
+    def _past(self, series: Float[Tensor, "T B F"], lengths: Int[Tensor, "R"], rows: Int[Tensor, "R"]) -> Past:
+        """What each of these rows has behind it after so many steps."""
+        reach = self.season + 1 if self.season > 1 else 1
+        places = lengths - torch.arange(reach, 0, -1, device=series.device)[:, None]  # [s+1 R]
+        return Past(series[places.clamp(min=0), rows], lengths.clamp(max=reach))
 
     def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
         series = read()
-        return self.at(run(series, lengths=steps.lengths).outputs, series)
+        return self.at(run(series, lengths=steps.lengths).outputs, self.bases(series))
 
-    def at(self, hidden: Float[Tensor, "*n H"], last: Float[Tensor, "*n F"]) -> Float[Tensor, "*n F"]:
-        """The middle of the next step after `last`, scaled."""
-        return self(hidden, last)[..., self.shares.index(0.5), :]  # type: ignore[no-any-return]
+    def at(self, hidden: Float[Tensor, "*n H"], base: Float[Tensor, "*n F"]) -> Float[Tensor, "*n F"]:
+        """The middle of the next step, scaled."""
+        return self(hidden, base)[..., self.shares.index(0.5), :]  # type: ignore[no-any-return]
+
+    def first(self, core: Core, batch: int) -> SeriesState:
+        return SeriesState(core.initial_state(batch), self.no_past(batch))
+
+    def step(self, core: Core, x: Float[Tensor, "B F"], state: SeriesState) -> tuple[Tensor, SeriesState]:
+        past = state.past.add(x)
+        hidden, after = core.step(x, state.core)
+        return self.at(hidden, self.base(past)), SeriesState(after, past)
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         """Scaled forecasts [1+Q horizon F] of each row: the middle, then each quantile."""
         series = read()
         context = run(series, lengths=steps.lengths)
-        ends = steps.lengths.to(series.device) - 1
-        rows = torch.arange(len(ends), device=series.device)
-        forecast = self.forecast(run, series[ends, rows], context.outputs[ends, rows], context.state)
+        lengths = steps.lengths.to(series.device)
+        rows = torch.arange(len(lengths), device=series.device)
+        past = self._past(series, lengths, rows)
+        forecast = self.forecast(run, past, context.outputs[lengths - 1, rows], context.state)
         return list(forecast.float().cpu())
 
     def forecast(
-        self, run: Run, last: Float[Tensor, "B F"], hidden: Float[Tensor, "B H"], state: Any
+        self, run: Run, past: Past, hidden: Float[Tensor, "B H"], state: Any
     ) -> Float[Tensor, "B Q+1 horizon F"]:
-        """What comes after `last`, whose reading left `state` and the core's output `hidden`."""
-        batch, paths = len(last), self.paths if self.quantiles else 0
+        """What comes after the past, whose reading left `state` and the core's output `hidden`."""
+        batch, paths = len(hidden), self.paths if self.quantiles else 0
         # The middle goes along as one path more, on which each draw is 0.
-        rows = torch.arange(batch, device=last.device).repeat_interleave(1 + paths)
-        last, hidden, state = last[rows], hidden[rows], state.select(rows)
+        rows = torch.arange(batch, device=hidden.device).repeat_interleave(1 + paths)
+        past, hidden, state = past.select(rows), hidden[rows], state.select(rows)
         generator = torch.Generator().manual_seed(0)
         taken = []
         for ahead in range(self.horizon):
             if ahead:
-                further = run(last[None], state=state)
+                further = run(past.values[-1][None], state=state)
                 hidden, state = further.outputs[0], further.state
             order = torch.rand(paths, self.columns, generator=generator).argsort(0)
             draws = torch.special.ndtri((order + 0.5) / max(paths, 1))
-            draws = torch.cat([torch.zeros(1, self.columns), draws]).to(last).repeat(batch, 1)
-            last = self._between(self(hidden, last), draws)
-            taken.append(last)
+            draws = torch.cat([torch.zeros(1, self.columns), draws]).to(past.values).repeat(batch, 1)
+            past = past.add(self._between(self(hidden, self.base(past)), draws))
+            taken.append(past.values[-1])
         steps = torch.stack(taken, dim=1).view(batch, 1 + paths, self.horizon, self.columns)
         middle = steps[:, :1]
         if not self.quantiles:
@@ -244,3 +379,7 @@ class SeriesWriter(Writer):
         low, high = (found.gather(1, side[:, None])[:, 0] for side in (right - 1, right))
         share = (draws - knots[right - 1]) / (knots[right] - knots[right - 1])
         return torch.lerp(low, high, share)
+
+
+def _huber(missed: Tensor) -> Tensor:
+    return F.huber_loss(missed, torch.zeros_like(missed), reduction="sum")
