@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from unrolled.kinds.contract import Steps, Targets
 from unrolled.kinds.text import IGNORE
 from unrolled.model import ExampleModel, LanguageModel, Model
 from unrolled.nn import Core, as_core
+from unrolled.trace.room import expect_room
 from unrolled.unroll import Unrolled
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Trace:
             `attention` [U S]: where the decoder looked;
             `{core}.{k}.{direction}.d{field}` [T H]: the gradient of the loss with respect to h and c, if asked for.
         names: the symbols or labels that `scores.names` and `chosen` number.
-        about: form, cell, sizes and the figures of the run, plain values.
+        about: form, cell, sizes and the figures of the run, plain values; `at`, of which output step the gradient is.
     """
 
     read: tuple[str, ...]
@@ -230,27 +231,30 @@ def record(
     Args:
         model: any model that `unrolled.train` makes, in evaluation mode or not: it runs as in evaluation.
         example: a raw input of the model's kind; for a language model, a text.
-        expected: what should come out; the loss, and so the gradient, is of it. Of text that is written, the words that
-            are read on the way: if None, those that the model itself writes by beam search. A language model's is the
-            text itself.
+        expected: what should come out; the loss, and so the gradient, is of it; if None, of what the model itself says.
+            Of text that is written, the words that are read on the way: if None, those that the model itself writes by
+            beam search. A language model's is the text itself.
         gradient: record the gradient of the loss with respect to every state too.
         at: the output step whose loss alone it is of (-1: the last, how far back does it reach?); None: of all, summed.
         top: how many of the best symbols or labels are kept at each step.
         steps: read at most so many steps of a language model's text.
 
     Raises:
-        DataError: the example cannot be read, or is too short to have a loss where a gradient is asked for.
-        ModelError: a gradient is asked for and nothing is expected.
+        DataError: the example cannot be read, does not fit into memory, or is too short to have a loss where a gradient
+            is asked for.
+        ModelError: a gradient is asked for, numbers come out and none are expected.
     """
     training = model.training
     model.eval()
     try:
         if isinstance(model, LanguageModel):
-            return _record_text(model, str(example), gradient, at, top, steps)
-        assert isinstance(model, ExampleModel)
-        return _record_example(model, example, expected, gradient, at, top)
+            trace = _record_text(model, str(example), gradient, at, top, steps)
+        else:
+            assert isinstance(model, ExampleModel)
+            trace = _record_example(model, example, expected, gradient, at, top)
     finally:
         model.train(training)
+    return replace(trace, about={**trace.about, "at": at}) if gradient else trace
 
 
 def _record_text(model: LanguageModel, text: str, gradient: bool, at: int | None, top: int, steps: int | None) -> Trace:
@@ -259,6 +263,7 @@ def _record_text(model: LanguageModel, text: str, gradient: bool, at: int | None
         raise DataError("the text is empty: there is nothing to record")
     if gradient and len(ids) < 2:
         raise DataError("the text is one symbol: a loss takes one to read and one to predict")
+    expect_room(model, len(ids), gradient=gradient)
     log: dict[str, Tensor] = {}
     with torch.inference_mode(), _watch(model.core, log, "core"):
         scores, _ = model(ids[:, None])
@@ -291,18 +296,19 @@ def _record_example(
 ) -> Trace:
     source, output = model.ends.input, model.ends.output
     steps = source.collate([_whole(source.encode(example))]).to(model.device)
+    expect_room(model, int(steps.lengths[0]), gradient=gradient)
+    names = _names(output)
     targets = None
     if expected is not None:
         targets = output.collate([_whole(output.encode(expected))]).to(model.device)
-    elif gradient:
-        raise ModelError("a gradient is of a loss, and a loss of what is expected: give it (expected=...)")
+    elif gradient and not names:
+        raise ModelError("a gradient is of a loss, and that of numbers is of what is expected: give it (expected=...)")
     if isinstance(output, Written) and targets is None:
         targets = _written(model, steps, output)
     cores = {"core": model.core}
     decoder = getattr(model.writer, "core", None)
     if isinstance(decoder, Core):
         cores["decoder"] = decoder
-    names = _names(output)
     log: dict[str, Tensor] = {}
     with torch.inference_mode(), ExitStack() as watched:
         for name, core in cores.items():
@@ -311,15 +317,6 @@ def _record_example(
         if isinstance(attention, Attention):
             watched.enter_context(_look(attention, log))
         scores = model.scores(steps, targets)[:, 0]
-    if gradient:
-        assert targets is not None
-        if at is None:
-            log |= _gradients(cores, lambda: model.loss(steps, targets).total)
-        elif not names:
-            raise ModelError("at: numbers have one loss; leave it out")
-        else:
-            right_ids = targets.tensors[0][:, 0]
-            log |= _gradients(cores, lambda: _cross_entropy(model.scores(steps, targets)[:, 0], right_ids, at))
     wanted = targets.tensors[0][:, 0] if targets is not None and names else None
     said: tuple[str, ...] = ()
     if names:
@@ -327,6 +324,14 @@ def _record_example(
         said = tuple(names[i] for i in log["chosen"].tolist())
     else:
         log["numbers"] = scores
+    if gradient and names and (at is not None or targets is None):
+        right_ids = log["chosen"] if wanted is None else wanted
+        log |= _gradients(cores, lambda: _cross_entropy(model.scores(steps, targets)[:, 0], right_ids, at))
+    elif gradient:
+        if at is not None:
+            raise ModelError("at: numbers have one loss; leave it out")
+        assert targets is not None
+        log |= _gradients(cores, lambda: model.loss(steps, targets).total)
     right = () if wanted is None or expected is None else tuple(names[i] if i >= 0 else "?" for i in wanted.tolist())
     read = source.pieces(example) if isinstance(source, Text) else _shown(steps)
     return _trace(model, log, tuple(read), said, right, names)
