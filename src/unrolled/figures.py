@@ -1,8 +1,8 @@
 """A trace -> pictures, with plotly: the same in a notebook, in a report and on a page.
 
-A figure needs no model, only what was recorded. It is drawn on white with ink that a dark page can exchange; the colour
-scales are transparent where zero stands, so that they hold on both. `CONFIG` has the button in a figure's corner save it
-as SVG: `figure.show(config=figures.CONFIG)`.
+A figure needs no model, only what was recorded. It is drawn on white with ink that a dark page can exchange; colour
+scales are transparent where zero stands, so that they hold on both. `CONFIG` has the button in a figure's corner save
+it as SVG: `figure.show(config=figures.CONFIG)`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ __all__ = [
     "FONT",
     "attention_map",
     "gradient_curves",
+    "layer_name",
     "learning_curve",
     "next_symbols",
     "number_lines",
+    "output_labels",
     "reads_text",
     "shown",
     "state_map",
@@ -67,7 +69,7 @@ _LABELLED = 90  # steps that each have their own label; of more, some
 
 
 def shown(piece: str) -> str:
-    """What a step reads or writes, as a label: white space is made visible, nothing is left that plotly takes for HTML."""
+    """What a step reads or writes, as a label: white space made visible, nothing left that plotly takes for HTML."""
     text = piece.strip(" ") or piece
     for blank, mark in ((" ", "␣"), ("\n", "↵"), ("\t", "⇥")):
         text = text.replace(blank, mark)
@@ -168,7 +170,8 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def _layer_name(layer: str) -> str:
+def layer_name(layer: str) -> str:
+    """`core.0.forward` -> `layer 1`."""
     core, k, direction = layer.split(".")
     name = "layer" if core == "core" else f"{core} layer"
     return f"{name} {int(k) + 1}" + (", read backwards" if direction == "reverse" else "")
@@ -228,7 +231,7 @@ def state_map(trace: Trace, layer: str | None = None, *, core: str = "core", uni
                     colorbar=dict(thickness=10, outlinewidth=0, len=0.9),
                 )
             )
-            buttons.append(f"{_layer_name(name)}: {title}")
+            buttons.append(f"{layer_name(name)}: {title}")
     menu = [
         dict(label=label, method="restyle", args=[{"visible": [i == k for i in range(len(buttons))]}])
         for k, label in enumerate(buttons)
@@ -414,7 +417,7 @@ def next_symbols(trace: Trace, *, start: int = 0, steps: int = 40, best: int = 6
         )
         figure.update_layout(margin=dict(l=90))
         return figure
-    at = _output_labels(trace)[start : start + steps]
+    at = output_labels(trace)[start : start + steps]
     figure = _figure(96 + 30 * len(text[0]), width=90 + 30 * len(at))
     figure.add_trace(
         go.Heatmap(
@@ -453,7 +456,7 @@ def next_symbols(trace: Trace, *, start: int = 0, steps: int = 40, best: int = 6
     return figure
 
 
-def _output_labels(trace: Trace) -> list[str]:
+def output_labels(trace: Trace) -> list[str]:
     """What stands over each output step: what is read there, else what is written."""
     steps = len(trace.tensors["scores.names"])
     if "decoder" in trace.cores or not reads_text(trace):
@@ -536,7 +539,7 @@ def gradient_curves(traces: Trace | Mapping[str, Trace], *, core: str = "core") 
                 continue
             curve = (back / back[0]).tolist()
             lowest = min(lowest, *(math.floor(math.log10(y)) for y in curve if y > 0))
-            label = _layer_name(layer)
+            label = layer_name(layer)
             figure.add_trace(
                 go.Scatter(
                     x=list(range(len(curve))),

@@ -274,7 +274,8 @@ def _record_text(model: LanguageModel, text: str, gradient: bool, at: int | None
             scores = model(ids[:-1, None])[0][:, 0]
             return _cross_entropy(scores, ids[1:], at)
 
-        log |= _gradients({"core": model.core}, loss)
+        with _in_torch(model):
+            log |= _gradients({"core": model.core}, loss)
     names = [model.vocabulary.name(i) for i in range(len(model.vocabulary))]
     log |= _best(scores[:, 0], targets, top)
     read = tuple(names[i] for i in ids.tolist())
@@ -326,12 +327,14 @@ def _record_example(
         log["numbers"] = scores
     if gradient and names and (at is not None or targets is None):
         right_ids = log["chosen"] if wanted is None else wanted
-        log |= _gradients(cores, lambda: _cross_entropy(model.scores(steps, targets)[:, 0], right_ids, at))
+        with _in_torch(model):
+            log |= _gradients(cores, lambda: _cross_entropy(model.scores(steps, targets)[:, 0], right_ids, at))
     elif gradient:
         if at is not None:
             raise ModelError("at: numbers have one loss; leave it out")
         assert targets is not None
-        log |= _gradients(cores, lambda: model.loss(steps, targets).total)
+        with _in_torch(model):
+            log |= _gradients(cores, lambda: model.loss(steps, targets).total)
     right = () if wanted is None or expected is None else tuple(names[i] if i >= 0 else "?" for i in wanted.tolist())
     read = source.pieces(example) if isinstance(source, Text) else _shown(steps)
     return _trace(model, log, tuple(read), said, right, names)
@@ -377,6 +380,19 @@ def _best(scores: Tensor, chosen: Tensor | None, top: int) -> dict[str, Tensor]:
     said = log_p.argmax(-1) if chosen is None else torch.where(chosen < 0, log_p.argmax(-1), chosen)
     score = log_p.gather(-1, said[:, None])[:, 0]
     return {"scores.names": names, "scores.values": values, "chosen": said, "chosen.score": score}
+
+
+@contextmanager
+def _in_torch(model: Model) -> Iterator[None]:
+    """The model without the native operators, whose first gradient loads seconds' worth of torch's compiler."""
+    before = [(part, part.backend) for part in model.modules() if isinstance(getattr(part, "backend", None), str)]
+    for part, _ in before:
+        part.backend = "reference"
+    try:
+        yield
+    finally:
+        for part, backend in before:
+            part.backend = backend
 
 
 def _gradients(cores: Mapping[str, Core], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
