@@ -24,6 +24,7 @@ from unrolled.decoding import BeamSettings, beam_search
 from unrolled.errors import DataError, ModelError, StorageError
 from unrolled.kinds import Text, Written
 from unrolled.kinds.contract import Steps, Targets
+from unrolled.kinds.number import Scale
 from unrolled.kinds.text import IGNORE
 from unrolled.model import ExampleModel, LanguageModel, Model
 from unrolled.nn import Core, as_core
@@ -53,10 +54,13 @@ class Trace:
             one-hot;
             `scores.names` and `scores.values`: the `top` best symbols or labels at each output step [U K], ids and
             log-probabilities; `chosen` [U] and `chosen.score` [U]: what was said, and its log-probability;
-            `attention` [U S]: where the decoder looked;
+            `attention` [U S]: where the decoder looked; `numbers` [U F]: what came out, scaled, where that is numbers;
+            `ends` [U]: at which input step each output is given, where that is not every one;
             `{core}.{k}.{direction}.d{field}` [T H]: the gradient of the loss with respect to h and c, if asked for.
         names: the symbols or labels that `scores.names` and `chosen` number.
-        about: form, cell, sizes and the figures of the run, plain values.
+        about: form, cell, sizes and the figures of the run, plain values; of some forms also `pooling`, `feed` and
+            `input_feeding` as in the settings, and `scales`, the mean and deviation of each column of the numbers that
+            are `read` and `written`.
     """
 
     read: tuple[str, ...]
@@ -329,6 +333,8 @@ def _record_example(
         log["numbers"] = scores
     right = () if wanted is None or expected is None else tuple(names[i] if i >= 0 else "?" for i in wanted.tolist())
     read = source.pieces(example) if isinstance(source, Text) else _shown(steps)
+    if steps.ends is not None and output.aligned:
+        log["ends"] = steps.ends[:, 0]
     return _trace(model, log, tuple(read), said, right, names)
 
 
@@ -409,13 +415,21 @@ def _trace(
         rows = value[:, 0] if value.dim() > 2 or (name.endswith(".inputs") and value.dim() == 2) else value
         tensors[name] = rows.detach().clone().cpu().contiguous()
     used = {i for name in ("scores.names", "chosen") if name in tensors for i in tensors[name].flatten().tolist()}
-    about = {
+    about: dict[str, Any] = {
         "form": str(model.form),
         "cell": config.core.cell,
         "hidden": config.core.hidden,
         "layers": config.core.layers,
         "bidirectional": config.core.bidirectional,
     }
+    if config.output.kind in ("label", "number"):
+        about["pooling"] = config.output.pooling
+    if config.output.kind == "text":
+        about |= {"feed": config.output.feed, "input_feeding": config.output.input_feeding}
+    numeric = {"read": model.ends.input} if config.input.kind in ("series", "vector") else {}
+    scales = {side: getattr(end, "scale", None) for side, end in {**numeric, "written": model.ends.output}.items()}
+    if scales := {side: scale.to_json() for side, scale in scales.items() if isinstance(scale, Scale)}:
+        about["scales"] = scales
     if "chosen.score" in tensors and written:
         about["log_probability"] = float(tensors["chosen.score"].sum())
     return Trace(read, written, expected, tensors, {i: names[i] for i in sorted(used)}, about)
