@@ -32,6 +32,7 @@ __all__ = [
     "next_symbols",
     "number_lines",
     "output_labels",
+    "plain",
     "reads_text",
     "shown",
     "state_map",
@@ -64,16 +65,22 @@ _SIGNED = (
     (0.75, "rgba(217,98,59,0.55)"),
     (1.0, "rgba(196,70,30,1)"),
 )
+_SOFT = ((0.0, "rgba(47,111,222,0.7)"), (0.5, "rgba(128,128,128,0)"), (1.0, "rgba(217,98,59,0.7)"))  # below text
 _UNITS = 48  # rows of a state map: more could not be told apart
 _LABELLED = 90  # steps that each have their own label; of more, some
 
 
-def shown(piece: str) -> str:
-    """What a step reads or writes, as a label: white space made visible, nothing left that plotly takes for HTML."""
+def plain(piece: str) -> str:
+    """What a step reads or writes, with white space and control characters made visible."""
     text = piece.strip(" ") or piece
     for blank, mark in ((" ", "␣"), ("\n", "↵"), ("\t", "⇥")):
         text = text.replace(blank, mark)
-    return html.escape("".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text), quote=False)
+    return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text)
+
+
+def shown(piece: str) -> str:
+    """The same as a label: nothing is left that plotly, or a page, would take for HTML."""
+    return html.escape(plain(piece), quote=False)
 
 
 def reads_text(trace: Trace) -> bool:
@@ -318,12 +325,12 @@ def unit_text(
                 text=hover,
                 hovertemplate="%{text}<br>%{z:.3f}<extra></extra>",
                 hoverongaps=False,
-                colorscale=_SIGNED,
+                colorscale=_SOFT,
                 zmin=-1,
                 zmax=1,
+                showscale=False,
                 visible=k == 0,
                 name=f"{layer} unit {unit}",
-                colorbar=dict(thickness=10, outlinewidth=0, tickvals=[-1, 0, 1], len=1.0),
             )
         )
     letters = [
@@ -418,7 +425,8 @@ def next_symbols(trace: Trace, *, start: int = 0, steps: int = 40, best: int = 6
         figure.update_layout(margin=dict(l=90))
         return figure
     at = output_labels(trace)[start : start + steps]
-    figure = _figure(96 + 30 * len(text[0]), width=90 + 30 * len(at))
+    longest = max(_width(word) for word in [*at, *(word for row in text for word in row)])
+    figure = _figure(96 + 30 * len(text[0]), width=90 + max(30, 8 * min(longest, 14) + 10) * len(at))
     figure.add_trace(
         go.Heatmap(
             z=share.T,
@@ -436,17 +444,15 @@ def next_symbols(trace: Trace, *, start: int = 0, steps: int = 40, best: int = 6
         )
     )
     said = trace.tensors["chosen"][start : start + steps]
-    framed = [(t, rank) for t, row in enumerate(names.tolist()) for rank, i in enumerate(row) if i == int(said[t])]
-    figure.add_trace(
-        go.Scatter(
-            x=[t for t, _ in framed],
-            y=[rank for _, rank in framed],
-            mode="markers",
-            marker=dict(symbol="square-open", size=25, color=_LINES[1], line=dict(width=2, color=_LINES[1])),
-            hoverinfo="skip",
-            showlegend=False,
+    frames = [
+        dict(
+            type="rect", x0=t - 0.47, x1=t + 0.47, y0=rank - 0.45, y1=rank + 0.45, line=dict(color=_LINES[1], width=2)
         )
-    )
+        for t, row in enumerate(names.tolist())
+        for rank, i in enumerate(row)
+        if i == int(said[t])
+    ]  # fmt: skip
+    figure.update_layout(shapes=frames)
     figure.update_xaxes(**_ticks(at), showgrid=False, side="top", range=[-0.5, len(at) - 0.5])
     figure.update_yaxes(
         tickmode="array", tickvals=list(range(len(text[0]))), ticktext=[f"{i + 1}." for i in range(len(text[0]))],
@@ -471,7 +477,7 @@ def output_labels(trace: Trace) -> list[str]:
 def number_lines(trace: Trace, *, columns: int = 4) -> go.Figure:
     """The numbers that come out, step by step; of a forecast beside those that were read, each at the step it is of.
 
-    They are scaled, as the model reads them: in deviations from the mean of the training part.
+    Where the trace knows the scale they are in their own units, else in deviations from the training part's mean.
 
     Raises:
         ModelError: no numbers come out.
@@ -480,14 +486,13 @@ def number_lines(trace: Trace, *, columns: int = 4) -> go.Figure:
 
     if "numbers" not in trace.tensors:
         raise ModelError("no numbers come out of this model: see next_symbols")
-    out = _numbers(trace.tensors["numbers"])
-    out = out.reshape(len(out), -1)
+    out = _unscaled(trace, "written", trace.tensors["numbers"])
     forecast = " -> next" in str(trace.about.get("form", ""))
     figure = _figure(340, width=480)
     for column in range(min(columns, out.shape[1])):
         name, colour = (f"column {column + 1}" if out.shape[1] > 1 else ""), _LINES[column % len(_LINES)]
         if forecast:
-            read = _numbers(trace.tensors["core.inputs"])[:, column]
+            read = _unscaled(trace, "read", trace.tensors["core.inputs"])[:, column]
             figure.add_trace(
                 go.Scatter(
                     y=read, x=list(range(1, len(read) + 1)), name=f"read {name}".strip(), mode="lines",
@@ -505,9 +510,16 @@ def number_lines(trace: Trace, *, columns: int = 4) -> go.Figure:
             )
         )
     figure.update_xaxes(title="step")
-    figure.update_yaxes(title="scaled: deviations from the mean")
+    figure.update_yaxes(title=None if "scales" in trace.about else "deviations from the mean")
     figure.update_layout(showlegend=True, margin=dict(t=40))
     return figure
+
+
+def _unscaled(trace: Trace, side: str, numbers: Tensor) -> Any:
+    """Numbers [T F] as they were before they were scaled, if that is known."""
+    found = _numbers(numbers).reshape(len(numbers), -1).astype(np.float64)
+    scale = trace.about.get("scales", {}).get(side)
+    return found if scale is None else found * np.asarray(scale["deviation"]) + np.asarray(scale["mean"])
 
 
 # ------------------------------------------------------------------------------------------------------ gradients

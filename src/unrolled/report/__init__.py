@@ -7,7 +7,7 @@ inspecting  a model, or two, and an input -> a report
 
 from __future__ import annotations
 
-from unrolled.report.inspecting import compare, given_example, inspect, write_examples
+from unrolled.report.inspecting import compare, given, inspect, write_examples
 from unrolled.report.page import Report, Section, expect_place
 
-__all__ = ["Report", "Section", "compare", "expect_place", "given_example", "inspect", "write_examples"]
+__all__ = ["Report", "Section", "compare", "expect_place", "given", "inspect", "write_examples"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,21 +16,33 @@ from unrolled.checkpoints import load
 from unrolled.config import to_dict
 from unrolled.data import find_texts, open_data, read_text, read_values
 from unrolled.decoding import generate
-from unrolled.errors import DataError, ModelError, UnrolledError
+from unrolled.errors import ConfigError, DataError, ModelError, UnrolledError, nearest
 from unrolled.kinds import Text
 from unrolled.kinds.label import labels_of
 from unrolled.model import ExampleModel, LanguageModel, Model
-from unrolled.prediction import predict
+from unrolled.prediction import given_values, predict
 from unrolled.report.page import Report, Section, table
 from unrolled.report.sections import bits_of, gradient_section, trace_sections
 from unrolled.trace import Trace, load_trace, record
+from unrolled.trace.units import activity, drivers, importance, interesting
 
-__all__ = ["compare", "given_example", "inspect", "write_examples"]
+__all__ = ["SECTIONS", "compare", "given", "inspect", "write_examples"]
 
 Inspected: TypeAlias = Model | Trace | str | Path
+Given: TypeAlias = Callable[[Model], tuple[Any, Any]]
+"""What a model shall read and what should come out, once the model is there."""
+
+SECTIONS = ("answer", "unrolled", "attention", "next", "states", "units", "gradient", "learning", "samples")
+"""What a page on one model may have; what its form lacks is left out."""
 
 _EXAMPLES = "examples.json"
 _READ = 300  # symbols of a text, unless told otherwise: what a page can show
+_SURVEYED, _HELD, _CANDIDATES = 4000, 160, 32  # characters over which units are surveyed and held, and how many units
+_WHY = {
+    "matters": "the model leans on it most",
+    "reads": "it tells the last symbol ({:.0%} of its variance)",
+    "keeps": "it lasts: {:.2f} of it is left after 10 symbols",
+}
 _LARGE = 200_000  # numbers: a larger example is not kept with a model
 
 
@@ -47,7 +59,8 @@ def inspect(
 
     Args:
         model: a model, its folder, a `Trace`, or the file of one. Only of a folder is the training known.
-        example: what it shall read: a raw value of the input's kind; for a language model, a text. If None, an example
+        example: what it shall read: a raw value of the input's kind; for a language model, a text; or what `given` found
+            in a file. If None, an example
             that was kept when the model was trained; a language model without one reads what it writes itself.
         expected: what should come out; of text that is written, it is what is read on the way.
         steps: read at most so many steps; a text of running symbols is read up to 300 of them if None.
@@ -55,10 +68,14 @@ def inspect(
 
     Raises:
         DataError: the example cannot be read, is empty, or does not fit into memory.
+        ConfigError: there is no such section.
         ModelError: a section cannot be shown, or something is to be read by a trace, which is a run already.
         StorageError: there is no such model or trace, or it is damaged.
     """
     _expect_steps(steps)
+    for name in show:
+        if name not in SECTIONS:
+            raise ConfigError(f"show: unknown section '{name}': {nearest(name, SECTIONS)}")
     model, folder = _opened(model)
     if isinstance(model, Trace):
         if example is not None or expected is not None:
@@ -102,12 +119,17 @@ def _of_model(model: Model, folder: Path | None, example: Any, expected: Any, st
     sections: list[Section] = []
     traces = {}
     trace, origin = None, ""
+    if callable(example):
+        example, beside = example(model)
+        expected = beside if expected is None else expected
     if example is None:
         example, expected, origin = _own_example(model, kept)
     if example is not None:
         trace, note = _recorded(model, example, expected, steps)
         traces[""] = trace
         sections = trace_sections(trace)
+        if isinstance(model, LanguageModel):
+            sections = [_units(model, str(example), trace) if s.name == "units" else s for s in sections]
         first = sections[0]
         remarks = " ".join(part for part in (origin, note) if part)
         if remarks:
@@ -126,34 +148,39 @@ def _of_model(model: Model, folder: Path | None, example: Any, expected: Any, st
 # ------------------------------------------------------------------------------------------------ what is read
 
 
-def given_example(model: Model, given: str, *, input: str | None = None) -> tuple[Any, Any]:
-    """What a person names as input, and what should come out if that is beside it: a text is itself, a file is what it
-    holds; of a table that is its first row.
+def given(named: str, *, input: str | None = None) -> Given:
+    """What a person names as input, as an `example` for `inspect` and `compare`: a text is itself, a file is what it
+    holds; of a table that is its first row, and what should come out if that is beside it.
 
+    input: other columns of a table than those of training, `KIND:COLUMN,...`.
+    """
+    return lambda model: _given(model, named, input)
+
+
+def _given(model: Model, named: str, input: str | None) -> tuple[Any, Any]:
+    """
     Raises:
         DataError: there is no such file, or nothing in it.
     """
-    from unrolled.prediction import given_values
-
-    path = Path(given)
+    path = Path(named)
     try:
         is_file = path.is_file()
     except (OSError, ValueError):  # a long text is no name
         is_file = False
     if isinstance(model, LanguageModel):
         if not is_file:
-            return given, None
+            return named, None
         return "".join(piece for file in find_texts(path) for piece in read_text(file)), None
     assert isinstance(model, ExampleModel)
     kind, asked = model.config.input.kind, model.config.output.kind
-    if is_file and kind not in ("image", "video") and asked != "next" and not given.endswith(".npy") and input is None:
-        table_ = open_data(given, model.config)
+    if is_file and kind not in ("image", "video") and asked != "next" and not named.endswith(".npy") and input is None:
+        table_ = open_data(named, model.config)
         if table_.columns != ("text",):
             for value, right in read_values(table_, model.config, outputs=None):
                 return value, right
-    for value in given_values(model, [given], input=input):
+    for value in given_values(model, [named], input=input):
         return value, None
-    raise DataError(f"{given}: there is nothing in it to read")
+    raise DataError(f"{named}: there is nothing in it to read")
 
 
 def _own_example(model: Model, kept: Sequence[tuple[Any, Any]]) -> tuple[Any, Any, str]:
@@ -200,21 +227,21 @@ def _recorded(model: Model, example: Any, expected: Any, steps: int | None) -> t
         return trace, note
     if steps is not None:
         example, expected, note = _cut(model, example, expected, steps)
-    named = hasattr(model.ends.output, "names") or hasattr(model.ends.output, "vocabulary")
-    if not named and expected is None and model.config.output.kind == "next":
+    names_things = hasattr(model.ends.output, "names") or hasattr(model.ends.output, "vocabulary")
+    if not names_things and expected is None and model.config.output.kind == "next":
         expected = example  # what is to be forecast is the series itself
-    if not named and expected is None:
+    if not names_things and expected is None:
         return record(model, example), note
-    return record(model, example, expected=expected, gradient=True, at=-1 if named else None), note
+    return record(model, example, expected=expected, gradient=True, at=-1 if names_things else None), note
 
 
 def _cut(model: Model, example: Any, expected: Any, steps: int) -> tuple[Any, Any, str]:
     """The first steps of an example, and of what should come out at each of them."""
     source = model.ends.input
     if isinstance(source, Text):
-        words = source.aligned or source.characters is not None or not isinstance(example, str)
-        if words:
-            whole: Any = source.words(example)
+        whole: Any
+        if source.aligned or source.characters is not None or not isinstance(example, str):
+            whole = source.words(example)
             example = whole[:steps]
         else:
             whole = source.encode(example)[0]
@@ -328,6 +355,43 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _units(model: LanguageModel, text: str, trace: Trace) -> Section:
+    """Units of a language model that are worth a look: what drives them, and what is lost without them."""
+    layer = trace.layers()[-1]
+    field = "c" if f"{layer}.c" in trace.tensors else "h"
+    seen = activity(model, text[:_SURVEYED], layer=layer, field=field)
+    if len(seen) < 2:
+        return trace_sections(trace)[-1]
+    spread = seen.values.astype(np.float64).std(0)
+    candidates = np.argsort(-spread, kind="stable")[:_CANDIDATES].tolist()
+    effects = importance(model, text[:_HELD], layer, units=candidates) if len(text) > 1 else []
+    found = interesting(seen, effects, count=6)
+    cost = {effect.unit: effect for effect in effects}
+    rows = []
+    for one in found:
+        driven = [d for d in drivers(seen, one.unit, least=3) if d.sure]
+        up = [figures.plain(d.symbol) for d in driven if d.sure > 0][:4]
+        down = [figures.plain(d.symbol) for d in reversed(driven) if d.sure < 0][:4]
+        effect = cost.get(one.unit) or importance(model, text[:_HELD], layer, units=[one.unit])[0]
+        rows.append(
+            (
+                f"{one.unit}", _WHY[one.why].format(one.figure), " ".join(up) or "–", " ".join(down) or "–",
+                f"{effect.cost / math.log(2):+.3f} bits", f"{effect.changed:.1%}",
+            )
+        )  # fmt: skip
+    body = table(
+        rows, ("unit", "why it is worth a look", "reading these raises it", "and these lower it",
+               "without it, a symbol costs", "first guesses changed")
+    )  # fmt: skip
+    words = (
+        f"The text coloured by what a single unit of the highest layer holds after each step: blue negative, orange "
+        f"positive. The table says of each, over {len(seen):,} symbols, which of them drive it, and what is lost when "
+        "it is held at zero."
+    )
+    drawn = figures.unit_text(trace, [one.unit for one in found], layer=layer)
+    return Section("units", "What single units do", words, body, [drawn])
+
+
 def _training(metrics: Sequence[Mapping[str, Any]]) -> Section | None:
     try:
         figure = figures.learning_curve(metrics)
@@ -336,7 +400,7 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section | None:
     valid = [line for line in metrics if line.get("kind") == "valid" and isinstance(line.get("loss", 0.0), float)]
     key = "nats_per_char" if valid and "nats_per_char" in valid[0] else "loss"
     losses = [(float(line[key]), int(line["step"])) for line in valid if key in line]
-    text = "The loss of the training, and at the points that of text it has not learnt from."
+    text = "The loss of the training, and at the points that of data it has not learnt from."
     if len(losses) > 1:
         low, at = min(losses)
         last = losses[-1][0]
@@ -406,6 +470,9 @@ def compare(
     names = _names(folders)
     metrics = {name: [] if f is None else _metrics(f) for name, f in zip(names, folders, strict=True)}
     origin = ""
+    if callable(example):
+        example, beside = example(models[0])
+        expected = beside if expected is None else expected
     for model, folder in opened:
         if example is None and isinstance(model, Model):
             example, expected, origin = _own_example(model, [] if folder is None else _read_examples(folder))

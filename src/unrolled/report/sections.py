@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unrolled import figures
+from unrolled.picture import unrolled_svg
 from unrolled.report.page import Section, table
 from unrolled.trace import Flow, Trace, gradient_flow, verdict
 from unrolled.trace.looking import alignments, coverage, entropy, monotonicity, overlooked, pharaoh
@@ -22,7 +23,7 @@ _CELLS = {"rnn": "an RNN", "rnn_relu": "an RNN (relu)", "lstm": "an LSTM", "gru"
 
 def trace_sections(trace: Trace) -> list[Section]:
     """All that can be shown of a trace, in the order of a page; what the form lacks is left out."""
-    found = [_answer(trace)]
+    found = [_answer(trace), _unrolled(trace)]
     if "attention" in trace.tensors:
         found.append(_attention(trace))
     if "scores.names" in trace.tensors and len(trace.tensors["scores.names"]) > 1:
@@ -41,6 +42,17 @@ def _escape(text: str) -> str:
 
 def _is_language_model(trace: Trace) -> bool:
     return figures.reads_text(trace) and " -> next" in str(trace.about.get("form", ""))
+
+
+def _unrolled(trace: Trace) -> Section:
+    text = (
+        "The network as the lecture notes draw it, one column a step, with what each box held in this run. The same "
+        "weights stand in every column; what differs is the state that goes from one to the next. Point at a thing to "
+        "read its values."
+    )
+    columns = 4 if "decoder" in trace.cores else 7  # about what a page is wide; more of them are scrolled to
+    picture = f'<div class="scroll picture">{unrolled_svg(trace, steps=columns)}</div>'
+    return Section("unrolled", "The network, unrolled", text, picture)
 
 
 # -------------------------------------------------------------------------------------- what goes in, what comes out
@@ -146,8 +158,8 @@ def _labels(trace: Trace) -> Section:
     least = int(scores.argmin())
     labels = figures.output_labels(trace)
     text = (
-        f"{_count(trace.written, 'label')}, one a step; the model is surest of {float(scores.max()):.1%} and least sure "
-        f"of {float(scores.min()):.1%}, at <b>{labels[least]}</b> ({_escape(trace.written[least])})."
+        f"{_count(trace.written, 'label')}, one a step; their probabilities go from {float(scores.max()):.1%} "
+        f"down to {float(scores.min()):.1%}, at <b>{labels[least]}</b> ({_escape(trace.written[least])})."
     )
     right = trace.expected
     if right:
@@ -260,8 +272,8 @@ def _next(trace: Trace) -> Section:
     first = scores > 0.5
     said = "really came next" if _is_language_model(trace) else "was chosen"
     text = (
-        f"Each column is a step, with the likeliest {what}s from the top; framed is what {said}. The likeliest has more "
-        f"than half of the probability at {int(first.sum())} of {steps} steps."
+        f"Each column is a step, with the likeliest {what}s from the top; framed is what {said}. The likeliest has "
+        f"more than half of the probability at {int(first.sum())} of {steps} steps."
     )
     if steps > 40:
         text += " The first 40 are drawn."
@@ -273,8 +285,8 @@ def _states(trace: Trace) -> Section:
     size = trace.about.get("hidden", 0)
     drawn = [figures.state_map(short, core=core) for core in short.cores]
     text = (
-        f"A row is a unit, a column a step: blue is negative, orange positive. Of {size} units those are drawn that change "
-        "most. Bands along a row are memory: a unit that keeps what it holds; the menu has the other layers"
+        f"A row is a unit, a column a step: blue is negative, orange positive. Of {size} units those are drawn that "
+        "change most. Bands along a row are memory: a unit that keeps what it holds; the menu has the other layers"
     )
     gates = any(name.endswith((".f", ".z")) for name in trace.tensors)
     text += " and the gates, where dark is open." if gates else "."
@@ -293,9 +305,9 @@ def _first(trace: Trace, steps: int) -> Trace:
 
 def _unit(trace: Trace) -> Section:
     text = (
-        "The text again, coloured by what a single unit of the highest layer holds after each step: blue negative, orange "
-        "positive. Six of those that change most are on the buttons; some turn out to follow something one can name, as "
-        "words, quotations or line ends."
+        "The text again, coloured by what a single unit of the highest layer holds after each step: blue negative, "
+        "orange positive. Six of those that change most are on the buttons; some turn out to follow something one can "
+        "name, as words, quotations or line ends."
     )
     return Section("units", "A single unit over the text", text, "", [figures.unit_text(_first(trace, 2 * _DRAWN))])
 
@@ -321,14 +333,14 @@ def gradient_section(traces: dict[str, Trace]) -> Section:
                         f"<li><b>{_escape(whose[0].upper() + whose[1:])}.</b> {_escape(verdict(flow, cell))}</li>"
                     )
     text = (
-        "The loss of the last output, followed backwards through time: how much a change of the state so many steps ago "
-        "would still change it. A straight line down is a gradient that vanishes exponentially; below the dotted line, a "
-        "thousandth, little can be learnt."
+        "The loss of the last output, followed backwards through time: how much a change of the state so many steps "
+        "ago would still change it. A straight line down is a gradient that vanishes exponentially; below the dotted "
+        "line, a thousandth, little can be learnt."
     )
     if any(_is_summed(trace) for trace in named.values()):
         text = (
-            "How much a change of the state at each step would change the loss. It is summed over all steps, each of which "
-            "adds its own part, so this does not tell how far a single one reaches back."
+            "How much a change of the state at each step would change the loss. It is summed over all steps, each of "
+            "which adds its own part, so this does not tell how far a single one reaches back."
         )
     head = ("layer", "10-fold fall", "1000-fold fall", "at each step back", "memory of the gate", "gates saturated")
     body = f"<ul>{''.join(said)}</ul>" if said else ""

@@ -6,7 +6,9 @@ are computed from the states they made. Gradients are those of the reference pat
 
 from __future__ import annotations
 
+import html
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +26,7 @@ from unrolled.decoding import BeamSettings, beam_search
 from unrolled.errors import DataError, ModelError, StorageError
 from unrolled.kinds import Text, Written
 from unrolled.kinds.contract import Steps, Targets
+from unrolled.kinds.number import Scale
 from unrolled.kinds.text import IGNORE
 from unrolled.model import ExampleModel, LanguageModel, Model
 from unrolled.nn import Core, as_core
@@ -54,10 +57,13 @@ class Trace:
             one-hot;
             `scores.names` and `scores.values`: the `top` best symbols or labels at each output step [U K], ids and
             log-probabilities; `chosen` [U] and `chosen.score` [U]: what was said, and its log-probability;
-            `attention` [U S]: where the decoder looked;
+            `attention` [U S]: where the decoder looked; `numbers` [U F]: what came out, scaled, where that is numbers;
+            `ends` [U]: at which input step each output is given, where that is not every one;
             `{core}.{k}.{direction}.d{field}` [T H]: the gradient of the loss with respect to h and c, if asked for.
         names: the symbols or labels that `scores.names` and `chosen` number.
-        about: form, cell, sizes and the figures of the run, plain values; `at`, of which output step the gradient is.
+        about: form, cell, sizes and the figures of the run, plain values; with gradients `at`, of which output step
+            they are; of some forms also `pooling`, `feed` and `input_feeding` as in the settings, and `scales`, the
+            mean and deviation of each column of the numbers that are `read` and `written`.
     """
 
     read: tuple[str, ...]
@@ -86,6 +92,28 @@ class Trace:
         if "attention" not in self.tensors:
             raise ModelError("this model has no attention to look at: train one with --attention dot")
         return self.tensors["attention"].float()
+
+    def _repr_html_(self) -> str:
+        # Plain HTML of its own: figures stand on a higher floor, and a notebook should not carry a drawing library for
+        # every value that is looked at. `unrolled.inspect(trace)` shows the pictures.
+        def line(name: str, pieces: tuple[str, ...], tints: list[float]) -> str:
+            told = "".join(
+                f'<span style="background:rgba(217,98,59,{tint:.2f})">{html.escape(piece)}</span>'
+                for piece, tint in zip(pieces[:300], tints or [0.0] * 300, strict=False)
+            )
+            more = f" … {len(pieces) - 300:,} more" if len(pieces) > 300 else ""
+            return f"<tr><th>{name}</th><td style='text-align:left;white-space:pre-wrap'>{told}{more}</td></tr>"
+
+        about = self.about
+        scores = self.tensors.get("chosen.score", torch.zeros(0))[:300].float()
+        doubt = (0.75 * (-scores / math.log(2) / 8).clamp(0, 1)).tolist()  # the warmer the more it surprised
+        running = len(self.expected) == len(self.read) - 1 and "decoder" not in self.cores
+        rows = [line("read", self.read, [0.0, *doubt] if running else [])]
+        if self.written and not running:
+            rows.append(line("written", self.written, doubt))
+        sizes = f"{about.get('cell', '?')}, hidden size {about.get('hidden', '?')}, layers {about.get('layers', '?')}"
+        head = f"<b>Trace</b> {html.escape(str(about.get('form', '')))}<br>{html.escape(sizes)}"
+        return f"<div>{head}<table>{''.join(rows)}</table></div>"
 
 
 def gates_of(cell: Any, inputs: Any, before: Float[Tensor, "T B H"]) -> dict[str, Float[Tensor, "T B H"]]:
@@ -337,6 +365,8 @@ def _record_example(
             log |= _gradients(cores, lambda: model.loss(steps, targets).total)
     right = () if wanted is None or expected is None else tuple(names[i] if i >= 0 else "?" for i in wanted.tolist())
     read = source.pieces(example) if isinstance(source, Text) else _shown(steps)
+    if steps.ends is not None and output.aligned:
+        log["ends"] = steps.ends[:, 0]
     return _trace(model, log, tuple(read), said, right, names)
 
 
@@ -385,7 +415,8 @@ def _best(scores: Tensor, chosen: Tensor | None, top: int) -> dict[str, Tensor]:
 @contextmanager
 def _in_torch(model: Model) -> Iterator[None]:
     """The model without the native operators, whose first gradient loads seconds' worth of torch's compiler."""
-    before = [(part, part.backend) for part in model.modules() if isinstance(getattr(part, "backend", None), str)]
+    parts: list[Any] = [part for part in model.modules() if isinstance(getattr(part, "backend", None), str)]
+    before = [(part, part.backend) for part in parts]
     for part, _ in before:
         part.backend = "reference"
     try:
@@ -430,13 +461,21 @@ def _trace(
         rows = value[:, 0] if value.dim() > 2 or (name.endswith(".inputs") and value.dim() == 2) else value
         tensors[name] = rows.detach().clone().cpu().contiguous()
     used = {i for name in ("scores.names", "chosen") if name in tensors for i in tensors[name].flatten().tolist()}
-    about = {
+    about: dict[str, Any] = {
         "form": str(model.form),
         "cell": config.core.cell,
         "hidden": config.core.hidden,
         "layers": config.core.layers,
         "bidirectional": config.core.bidirectional,
     }
+    if config.output.kind in ("label", "number"):
+        about["pooling"] = config.output.pooling
+    if config.output.kind == "text":
+        about |= {"feed": config.output.feed, "input_feeding": config.output.input_feeding}
+    numeric = {"read": model.ends.input} if config.input.kind in ("series", "vector") else {}
+    scales = {side: getattr(end, "scale", None) for side, end in {**numeric, "written": model.ends.output}.items()}
+    if scales := {side: scale.to_json() for side, scale in scales.items() if isinstance(scale, Scale)}:
+        about["scales"] = scales
     if "chosen.score" in tensors and written:
         about["log_probability"] = float(tensors["chosen.score"].sum())
     return Trace(read, written, expected, tensors, {i: names[i] for i in sorted(used)}, about)
