@@ -37,6 +37,7 @@ SECTIONS = ("answer", "unrolled", "attention", "next", "states", "units", "gradi
 
 _EXAMPLES = "examples.json"
 _READ = 300  # symbols of a text, unless told otherwise: what a page can show
+_FOLLOWED = 2000  # steps: gradients take the reference path, a cell at a time
 _SURVEYED, _HELD, _CANDIDATES = 4000, 160, 32  # characters over which units are surveyed and held, and how many units
 _WHY = {
     "matters": "the model leans on it most",
@@ -59,9 +60,9 @@ def inspect(
 
     Args:
         model: a model, its folder, a `Trace`, or the file of one. Only of a folder is the training known.
-        example: what it shall read: a raw value of the input's kind; for a language model, a text; or what `given` found
-            in a file. If None, an example
-            that was kept when the model was trained; a language model without one reads what it writes itself.
+        example: what it shall read: a raw value of the input's kind; for a language model, a text; or what `given`
+            finds in a file. If None, an example that was kept when the model was trained; a language model without
+            one reads what it writes itself.
         expected: what should come out; of text that is written, it is what is read on the way.
         steps: read at most so many steps; a text of running symbols is read up to 300 of them if None.
         show: only the sections of these names.
@@ -213,17 +214,20 @@ def _recorded(model: Model, example: Any, expected: Any, steps: int | None) -> t
         text = str(example)
         if not text:
             raise DataError("the text is empty: expected at least one symbol")
-        unknown = model.vocabulary.missing(text[:10_000])
-        if steps is None:
-            symbols = len(model.vocabulary.encode(text[: 50 * _READ]))
-            if symbols > _READ:
-                steps, note = _READ, f"The first {_READ} symbols are read; --steps reads more."
-        if unknown:
+        symbols = len(model.vocabulary.encode(text if steps is not None else text[: 50 * _READ]))
+        notes = []
+        if steps is None and symbols > _READ:
+            steps = _READ
+            notes.append(f"The first {_READ} symbols are read; --steps reads more.")
+        if unknown := model.vocabulary.missing(text[:10_000]):
             named = ", ".join(map(repr, unknown[:5]))
-            note = f"{note} The model never saw {named}{' and others' if len(unknown) > 5 else ''}.".strip()
-        trace = record(model, text, steps=steps)
-        if len(trace.read) > 1:
-            trace = record(model, text, gradient=True, at=-1, steps=steps)
+            notes.append(f"The model never saw {named}{' and others' if len(unknown) > 5 else ''}.")
+        read = symbols if steps is None else min(symbols, steps)
+        if read > _FOLLOWED:
+            notes.append(f"Gradients are followed through up to {_FOLLOWED:,} steps, so not here.")
+        followed = 1 < read <= _FOLLOWED
+        trace = record(model, text, gradient=followed, at=-1 if followed else None, steps=steps)
+        note = " ".join(notes)
         return trace, note
     if steps is not None:
         example, expected, note = _cut(model, example, expected, steps)

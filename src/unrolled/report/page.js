@@ -2,7 +2,7 @@
 // Draws the figures in the page's colours, and joins the written sentence with its heat map.
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const figures = read("figures"), settings = read("settings");
+  const figures = read("data-figures"), settings = read("data-settings");
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
   const colours = () => {

@@ -129,8 +129,8 @@ class Report:
 <footer>Made by <b>unrolled</b>. Everything on this page is in this one file; it asks no network for anything. The
 camera in a figure's corner saves it as SVG, the button beside it as PNG.</footer>
 <script>{get_plotlyjs()}</script>
-<script type="application/json" id="figures">{data}</script>
-<script type="application/json" id="settings">{settings}</script>
+<script type="application/json" id="data-figures">{data}</script>
+<script type="application/json" id="data-settings">{settings}</script>
 <script>{script}</script>
 </body>
 </html>

@@ -18,6 +18,7 @@ __all__ = ["bits_of", "gradient_section", "trace_sections"]
 
 _END = "</s>"
 _DRAWN = 300  # steps: a picture of more shows nothing that one of these does not
+_WRITTEN_OUT = 3000  # symbols of a text
 _CELLS = {"rnn": "an RNN", "rnn_relu": "an RNN (relu)", "lstm": "an LSTM", "gru": "a GRU"}
 
 
@@ -79,12 +80,14 @@ def _surprise_text(trace: Trace) -> str:
     """The text that a language model read, each symbol the warmer the more it surprised; HTML."""
     bits = [0.0, *bits_of(trace)]
     parts = []
-    for t, (piece, b) in enumerate(zip(trace.read, bits, strict=True)):
+    for t, (piece, b) in enumerate(zip(trace.read[:_WRITTEN_OUT], bits, strict=False)):
         drawn = _escape(piece.replace("\n", "↵\n"))
         about = "the first symbol: nothing was expected yet" if t == 0 else f"{b:.2f} bits: probability {2**-b:.3g}"
         tint = f' style="background:rgba(var(--warm),{min(b / 8, 1) * 0.75:.2f})"' if b >= 0.2 else ""
         parts.append(f'<span{tint} title="{about}">{drawn}</span>')
-    return f'<div class="text">{"".join(parts)}</div>'
+    more = len(trace.read) - len(parts)
+    rest = f'<span class="soft"> … {more:,} more</span>' if more else ""
+    return f'<div class="text">{"".join(parts)}{rest}</div>'
 
 
 def _surprise(trace: Trace) -> Section:

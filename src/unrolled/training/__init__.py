@@ -70,10 +70,10 @@ def train(
             the folder; those given must agree, but for `epochs`, `steps` and `patience`, which may change.
         force: replace a model that `out` holds.
         watcher: where progress is shown (`unrolled.progress.open_bar()`); nowhere if None.
-        report: at the end write `report.html` into the folder too, a page on the model (see `unrolled.inspect`), and
-            `examples.json`, a few examples of the validation part that reports show. The command line does; from Python,
-            where a program may train many models, it must be asked for. If it cannot be written that is said, and the
-            training is finished all the same.
+        report: at the end write `report.html` into the folder, a page on the model (see `unrolled.inspect`), and
+            `examples.json`, a few examples of the validation part that reports show. The command line does; from
+            Python, where a program may train many models, it must be asked for. If it cannot be written that is said,
+            and the training is finished all the same.
         settings: single settings by their plain names: `hidden=256, epochs=3`.
 
     Raises:
