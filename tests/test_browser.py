@@ -1,4 +1,4 @@
-"""Reports in a real browser: they draw, they answer to pointing, they ask the network for nothing, and Hangul is there."""
+"""Reports in a real browser: they draw, answer to pointing, ask the network for nothing, and Hangul is there."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_pointing_at_a_written_word_shows_its_row(translation: Opened) -> None:
             "parseFloat(w.style.backgroundColor.match(/([\\d.]+)\\)$/)[1]))"
         )
         torch.testing.assert_close(torch.tensor(tints) / 0.75, weights[u], atol=0.01, rtol=0)
-        row = page.evaluate("document.querySelector('#attention .figure, .looking ~ * .figure').layout.shapes[0]")
+        row = page.evaluate("document.querySelector('#attention .figure').layout.shapes[0]")
         assert (row["y0"], row["y1"]) == (u - 0.5, u + 0.5)
     page.mouse.move(0, 0)
     assert page.inner_text(".row").startswith("Point at a word")
@@ -107,7 +107,7 @@ def test_pointing_at_the_heat_map_shows_the_row(translation: Opened) -> None:
         })()"""
     )
     page.mouse.move(*at)
-    page.wait_for_function("document.querySelector('.target .word.here') !== null")
+    page.wait_for_selector(".target .word.here")
     assert page.inner_text(".target .word.here").strip() == TARGET.split()[1]
     page.mouse.move(0, 0)
 

@@ -203,9 +203,9 @@ def test_steps_cut_what_is_read() -> None:
 
 def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
     model = small_model(text=ENGLISH, dtype=torch.float32)
-    with pytest.raises(ModelError, match="attention cannot be shown: no decoder with attention .* --attention dot"):
+    with pytest.raises(ModelError, match=r"attention cannot be shown: no decoder with attention .* --attention dot"):
         inspect(model, "the cat", show=["attention"])
-    with pytest.raises(ConfigError, match="unknown section 'atention': did you mean 'attention'"):
+    with pytest.raises(ConfigError, match=r"unknown section 'atention': did you mean 'attention'"):
         inspect(model, "the cat", show=["atention"])
     with pytest.raises(DataError, match="the text is empty"):
         inspect(model, "")

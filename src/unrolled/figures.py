@@ -211,7 +211,9 @@ def state_map(trace: Trace, layer: str | None = None, *, core: str = "core", uni
         raise ModelError(f"no layer {layer or core} was recorded: there are {known or 'none'}")
     labels = step_labels(trace, core)
     steps = len(labels)
-    figure = _figure(110 + 9 * min(units, trace.tensors[f"{layers[0]}.h"].shape[1]), width=min(90 + 12 * steps, 2400))
+    figure = _figure(
+        max(260, 110 + 9 * min(units, trace.tensors[f"{layers[0]}.h"].shape[1])), width=min(90 + 12 * steps, 2400)
+    )
     buttons: list[str] = []
     for name in reversed(layers):
         for field, title in _FIELDS.items():

@@ -48,7 +48,8 @@
     const sources = [...looking.querySelectorAll(".source .word")];
     const targets = [...looking.querySelectorAll(".target .word")];
     const line = looking.querySelector(".row"), first = line.innerHTML;
-    const map = looking.closest("section").querySelector(".figure");
+    // Its heat map is in a section of its own: attention, or of a second model attention-2.
+    const map = document.querySelector(`#${looking.closest("section").id.replace("answer", "attention")} .figure`);
     let now = -1;
     const show = (u) => {
       if (u === now || (u >= 0 && !weights[u])) return;

@@ -133,7 +133,7 @@ def _written(trace: Trace) -> Section:
 
 def _word(piece: str, looks: bool) -> str:
     end = ' title="the end of the text"' if piece == _END else ""
-    lead = " " if piece.startswith(" ") else ""
+    lead = " " if piece.startswith(" ") or piece == _END else ""
     focus = ' tabindex="0"' if looks else ""
     return f'{lead}<span class="word"{focus}{end}>{_escape(piece.removeprefix(" ") or "␣")}</span>'
 
