@@ -148,7 +148,7 @@ def attention_map(trace: Trace) -> go.Figure:
     source = step_labels(trace)
     target = [shown(piece) for piece in trace.written]
     longest = max(map(_width, source), default=1)
-    figure = _figure(60 + 24 * len(target) + 7 * min(longest, 16), width=80 + 17 * len(source))
+    figure = _figure(32 + 24 * len(target) + 7 * min(longest, 16), width=80 + 17 * len(source))
     figure.add_trace(
         go.Heatmap(
             z=weights,
@@ -164,6 +164,7 @@ def attention_map(trace: Trace) -> go.Figure:
             colorbar=dict(thickness=10, outlinewidth=0, title=dict(text="weight", side="right"), len=0.9),
         )
     )
+    figure.update_layout(margin=dict(b=12))
     figure.update_xaxes(**_ticks(source), side="top", showgrid=False, tickangle=-50 if longest > 2 else 0)
     figure.update_yaxes(**_ticks(target), autorange="reversed", showgrid=False)
     return figure
@@ -428,7 +429,7 @@ def next_symbols(trace: Trace, *, start: int = 0, steps: int = 40, best: int = 6
         return figure
     at = output_labels(trace)[start : start + steps]
     longest = max(_width(word) for word in [*at, *(word for row in text for word in row)])
-    figure = _figure(96 + 30 * len(text[0]), width=90 + max(30, 8 * min(longest, 14) + 10) * len(at))
+    figure = _figure(56 + 30 * len(text[0]), width=90 + max(30, 8 * min(longest, 14) + 10) * len(at))
     figure.add_trace(
         go.Heatmap(
             z=share.T,
@@ -460,7 +461,7 @@ def next_symbols(trace: Trace, *, start: int = 0, steps: int = 40, best: int = 6
         tickmode="array", tickvals=list(range(len(text[0]))), ticktext=[f"{i + 1}." for i in range(len(text[0]))],
         autorange="reversed", showgrid=False,
     )  # fmt: skip
-    figure.update_layout(margin=dict(t=64, b=12, l=34))
+    figure.update_layout(margin=dict(t=40, b=12, l=34))
     return figure
 
 

@@ -25,6 +25,10 @@
     return themed;
   };
 
+  // What stands in cells takes the page's ink: plotly would choose for a white page.
+  const inInk = (data) => data.map((trace) =>
+    trace.texttemplate ? { ...trace, textfont: { ...trace.textfont, color: colours().ink } } : trace);
+
   const png = {
     name: "png", title: "Save as PNG",
     icon: Plotly.Icons ? Plotly.Icons["camera-retro"] : undefined,
@@ -34,11 +38,11 @@
 
   const places = figures.map((figure, i) => {
     const place = document.getElementById(`figure-${i}`);
-    Plotly.newPlot(place, figure.data, inTheme(figure.layout), config);
+    Plotly.newPlot(place, inInk(figure.data), inTheme(figure.layout), config);
     return place;
   });
   dark.addEventListener("change", () => {
-    places.forEach((place, i) => Plotly.relayout(place, inTheme(figures[i].layout)));
+    places.forEach((place, i) => Plotly.react(place, inInk(figures[i].data), inTheme(figures[i].layout), config));
   });
 
   const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;

@@ -333,7 +333,7 @@ def gradient_section(traces: dict[str, Trace]) -> Section:
                 if not summed and flow.steps > 0:
                     whose = f"{name}, {_CELLS.get(cell, cell)}, {label}" if only is None else label
                     said.append(
-                        f"<li><b>{_escape(whose[0].upper() + whose[1:])}.</b> {_escape(verdict(flow, cell))}</li>"
+                        f"<li><b>{_escape(whose if only is None else whose[0].upper() + whose[1:])}.</b> {_escape(verdict(flow, cell))}</li>"
                     )
     text = (
         "The loss of the last output, followed backwards through time: how much a change of the state so many steps "
