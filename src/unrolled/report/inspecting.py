@@ -412,7 +412,7 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section | None:
         if at == losses[-1][1]:
             text += " It was still falling at the end: more --epochs may well help."
         elif last > 1.03 * low:
-            text += " After that it rose: the model went on learning its own data by heart; more data, or more --dropout, would help."
+            text += " After that it rose: what it learnt then it learnt by heart; more data or --dropout would help."
         else:
             text += " After that it stayed about there."
     return Section("learning", "How it learnt", text, "", [figure])

@@ -331,10 +331,9 @@ def gradient_section(traces: dict[str, Trace]) -> Section:
                 label = figures.layer_name(flow.layer)
                 rows.append((name, label, *_figures(flow)) if only is None else (label, *_figures(flow)))
                 if not summed and flow.steps > 0:
-                    whose = f"{name}, {_CELLS.get(cell, cell)}, {label}" if only is None else label
-                    said.append(
-                        f"<li><b>{_escape(whose if only is None else whose[0].upper() + whose[1:])}.</b> {_escape(verdict(flow, cell))}</li>"
-                    )
+                    kind = f"{name}, {_CELLS.get(cell, cell)}, {label}"
+                    whose = label[0].upper() + label[1:] if only is not None else kind
+                    said.append(f"<li><b>{_escape(whose)}.</b> {_escape(verdict(flow, cell))}</li>")
     text = (
         "The loss of the last output, followed backwards through time: how much a change of the state so many steps "
         "ago would still change it. A straight line down is a gradient that vanishes exponentially; below the dotted "
