@@ -13,7 +13,9 @@ import pytest
 import torch
 from pictured import SERIES, model_of, traces
 from samples import ENGLISH, small_model
+from test_cli import run
 
+from unrolled.checkpoints import save
 from unrolled.errors import ConfigError, ModelError, StorageError
 from unrolled.picture import Picture, unrolled_svg
 from unrolled.trace import Trace, load_trace, record, save_trace
@@ -234,6 +236,9 @@ def test_many_to_one_says_once_of_the_last_state() -> None:
     assert [a for a, b in pooled.links if b == "y.0"] == ["pool"]
     assert {a for a, b in pooled.links if b == "pool"} == {f"core.0.join.{t}" for t in range(5)}
     assert "mean of all h" in pooled.text("pool")
+    part = seen("many-to-one, mean", start=1, steps=2)
+    shown = {"core.0.join.1", "core.0.join.2", "core.0.reverse.before", "core.0.reverse.after"}
+    assert {a for a, b in part.links if b == "pool"} == shown, "what is not shown goes in as well"
 
 
 def test_one_to_many_reads_its_input_and_then_its_own_words_or_zeros() -> None:
@@ -402,6 +407,17 @@ def test_notebooks_show_it_and_it_can_be_saved(tmp_path: Path) -> None:
     assert (tmp_path / "한글.svg").read_text("utf-8") == picture.svg
     with pytest.raises(StorageError, match="cannot write the picture"):
         picture.save(tmp_path / "nowhere" / "a.svg")
+
+
+def test_the_command_writes_a_file(tmp_path: Path) -> None:
+    model = small_model(text=ENGLISH, dtype=torch.float32)
+    save(model, tmp_path / "m")
+    out = tmp_path / "a.svg"
+    assert run("picture", tmp_path / "m", "the cat sat", "--out", out, "--steps", 3).code == 0
+    assert out.read_text("utf-8") == unrolled_svg(record(model, "the cat sat"), steps=3)
+    assert run("picture", tmp_path / "m", "the cat sat", "--out", out, "--rolled", "--start", 2).code == 0
+    assert out.read_text("utf-8") == unrolled_svg(record(model, "the cat sat"), rolled=True, start=2)
+    assert run("picture", tmp_path / "m", "the", "--out", out, "--start", 3).error == "start: expected 0 to 2, got 3"
 
 
 def test_what_cannot_be_drawn() -> None:

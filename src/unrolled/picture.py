@@ -806,7 +806,9 @@ class _Drawing:
             return
         if self.pooling != "last":
             columns = list(window.columns)
-            left = window.columns[columns[0]] - _WIDTH / 2
+            top = f"{core}.{self.depth[core] - 1}.{'reverse' if self.directions[core] == 2 else 'forward'}"
+            dots = [name for name in (f"{top}.before", f"{top}.after") if name in self.boxes]
+            left = min([window.columns[columns[0]] - _WIDTH / 2, *(self.boxes[name].x for name in dots)])
             bar = _Box(left, self.pool_y, max(box.right, window.right) - left, 24)
             words = {"mean": "mean of all hₜ", "max": "greatest of all hₜ, unit by unit"}
             text = words.get(self.pooling, "attention over all hₜ")
@@ -816,6 +818,9 @@ class _Drawing:
             for t in columns:
                 a = self.boxes[self._top(core, t)]
                 self._arrow(self._top(core, t), "pool", [(a.centre, a.y), (a.centre, bar.bottom)])
+            for dot in dots:
+                a = self.boxes[dot]
+                self._arrow(dot, "pool", [(a.centre, a.y), (a.centre, bar.bottom)], told="the steps that are not shown")
             self._arrow("pool", name, [(box.centre, bar.y), (box.centre, box.bottom)])
             return
         k = self.depth[core] - 1
