@@ -16,7 +16,19 @@ from unrolled.errors import ConfigError, UnrolledError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["app", "compare", "demo", "doctor", "evaluate", "generate", "inspect", "main", "predict", "train"]
+__all__ = [
+    "app",
+    "compare",
+    "demo",
+    "doctor",
+    "evaluate",
+    "generate",
+    "inspect",
+    "main",
+    "picture",
+    "predict",
+    "train",
+]
 
 app = typer.Typer(
     name="unrolled",
@@ -588,6 +600,27 @@ def doctor(
         typer.echo(json.dumps(found))
     else:
         _table(found)
+
+
+@app.command(no_args_is_help=True)
+def picture(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    text: Annotated[str, typer.Argument(help="What it shall read: a text, or the file of an image, video or series.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write, SVG.")] = Path("picture.svg"),
+    rolled: Annotated[bool, typer.Option("--rolled", metavar="", help="One step and a loop.")] = False,
+    start: Annotated[int | None, typer.Option(help="The first step to show, from 0.", show_default=False)] = None,
+    steps: Annotated[int, typer.Option(help="How many steps are shown at most.")] = 8,
+) -> None:
+    """Draw the network unrolled in time, with what it read, held and said at each step.
+
+    Example: unrolled picture translator/ "Ein Mann sitzt auf einer Bank." --out bank.svg
+    """
+    from unrolled.checkpoints import load
+    from unrolled.picture import Picture
+    from unrolled.trace import record
+
+    Picture.of(record(load(model), text), rolled=rolled, start=start, steps=steps).save(out)
+    typer.echo(f"{out}: open it in a browser", err=True)
 
 
 # click's, which older versions of typer import and newer ones bring along; typer exports the class below it only.

@@ -126,11 +126,20 @@ def _numbers(row: Tensor, scale: Mapping[str, Any] | None) -> list[float]:
     if scale is None or len(values) % len(scale["mean"]):
         return values
     times = len(values) // len(scale["mean"])
-    return [v * d + m for v, m, d in zip(values, scale["mean"] * times, scale["deviation"] * times, strict=True)]
+    columns = zip(values, scale["mean"] * times, scale["deviation"] * times, strict=True)
+    # What float32 leaves of a 0 is no number to show.
+    return [0.0 if abs(v * d + m) < 1e-6 * d else v * d + m for v, m, d in columns]
 
 
 def _short(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values[:2]) + (", …" if len(values) > 2 else "")
+    """As many numbers as a box has room for, whole ones."""
+    text = f"{values[0]:.3g}"
+    for n, value in enumerate(values[1:], 2):
+        more = f"{text}, {value:.3g}"
+        if len(more) + (0 if n == len(values) else 3) > 11:
+            return f"{text}, …"
+        text = more
+    return text
 
 
 def _exact(values: Sequence[float]) -> str:
@@ -193,8 +202,7 @@ def _reads(trace: Trace, core: str) -> list[_Read]:
         rows = [_numbers(row, scale) for row in inputs[: len(trace.read)]]
         found = [_Read(_short(row), _exact(row), number=True) for row in rows]
     else:
-        number = inputs is not None and inputs.is_floating_point() and "text" not in str(trace.about.get("form"))[:4]
-        found = [_Read(text, text if number else _plain(text), number=number) for text in trace.read]
+        found = [_named(trace, t, text) for t, text in enumerate(trace.read)]
     if _is_language_model(trace):
         found = [
             _Read(one.text, one.more, fed=t > 0 and trace.written[t - 1] == one.text) for t, one in enumerate(found)
@@ -204,6 +212,18 @@ def _reads(trace: Trace, core: str) -> list[_Read]:
         for word in trace.written[: length - len(found)]:
             found.append(_Read("0", "zeros") if zeros else _Read(word, _plain(word), fed=True))
     return found
+
+
+def _named(trace: Trace, t: int, text: str) -> _Read:
+    """A step of text as it is; of an image or video its name; of other numbers the first of them."""
+    given = str(trace.about.get("form")).split(" ")[0]
+    inputs = trace.tensors.get("core.inputs")
+    if given in ("image", "video"):
+        name = f"frame {t + 1}" if given == "video" else "image" if len(trace.read) == 1 else f"row {t + 1}"
+        return _Read(name, f"{name}, its first numbers {text}", number=True)
+    if given == "text" or inputs is None or not inputs.is_floating_point():
+        return _Read(text, _plain(text))
+    return _Read(_short([float(number) for number in text.split()]), _exact(inputs[t].tolist()), number=True)
 
 
 # ------------------------------------------------------------------------------------------------------ text
@@ -416,8 +436,8 @@ class _Drawing:
             wide = _WIDTH if self.directions[core] == 1 else 2 * _HALF + 10
             if core == "decoder":
                 x += 44 + (46 if self.directions["core"] == 2 else 0)
-            elif not self.rolled:
-                x += 34  # h_0
+            elif not self.rolled or self._loops_left("core", "forward"):
+                x += 52 if self.rolled else 34  # the loop, or h_0
             window.left = x
             if window.first > 0 and not self.rolled:
                 window.before = x + _DOTS / 2
@@ -428,12 +448,12 @@ class _Drawing:
             if window.stop < window.length and not self.rolled:
                 window.after = x + _DOTS / 2
                 x += _DOTS + _GAP
-            elif self.rolled:
-                x += 30  # the loops
             window.right = x - _GAP
+            if self.rolled and not (core == "core" and self.directions[core] == 1 and len(self.windows) == 2):
+                x += 40  # a loop on the right
         if self.directions["core"] == 2 and not self.rolled and len(self.windows) == 1:
             x += 34
-        self.width = max(x + 4, 560)
+        self.width = max(x + 4, 560, min(17 * sum(map(_em, _clusters(self.title))) + 60, 900))
 
     def _place_rows(self) -> None:
         y = 74.0
@@ -620,7 +640,7 @@ class _Drawing:
         what = "h and c" if "c" in self.fields else "h"
         if self.rolled:
             (t,) = shown
-            self._loop(layer, self.boxes[f"{layer}.{t}"], f"{what} of the {'next' if back else 'last'} step", back)
+            self._loop(f"{layer}.{t}", f"{what} of the {'next' if back else 'last'} step", back)
             return
         names = [f"{layer}.{t}" for t in shown]
         if window.before is not None:
@@ -649,18 +669,20 @@ class _Drawing:
                 node, names[-1 if back else 0], [(x, y), (box.right if back else box.x, y)], told=f"{label} = 0"
             )
 
-    def _loop(self, layer: str, box: _Box, told: str, back: bool) -> None:
-        """An arrow from a box round to itself, on its right, or on its left where it reads backwards."""
-        way = -1 if back else 1
-        edge = box.x if back else box.right
-        high, low = box.y + box.height * 0.28, box.bottom - box.height * 0.22
-        far = edge + way * 30
-        self._arrow(f"{layer}.loop", f"{layer}.loop", [(edge, low), (far, low), (far, high), (edge, high)], told=told)
-        last = self.lines.pop()
-        node = next(name for name, known in self.boxes.items() if known is box)
-        self.lines.append(last.replace(f"{layer}.loop", node))
+    def _loops_left(self, core: str, side: str) -> bool:
+        """Whether a loop stands on its box's left: where something else goes out on the right."""
+        return side == "forward" and core == "core" and (self.directions[core] == 2 or len(self.windows) == 2)
+
+    def _loop(self, name: str, told: str, back: bool) -> None:
+        """An arrow from a box round to itself."""
+        core, _, side, _ = name.split(".")
+        box = self.boxes[name]
+        way, edge = (-1, box.x) if self._loops_left(core, side) else (1, box.right)
+        high, low = box.y + box.height * 0.22, box.y + box.height * 0.72
+        far = edge + way * 26
+        self._arrow(name, name, [(edge, low), (far, low), (far, high), (edge, high)], told=told)
         label = "hₜ₊₁" if back else "hₜ₋₁"
-        self.over.append(self._text(far + way * 16, box.middle + 4, label, 11, kind="soft"))
+        self.over.append(self._text(far + way * 17, (high + low) / 2 + 4, label, 11, kind="soft"))
 
     def _upwards(self, core: str) -> None:
         """From what is read to the first layer, and from each layer to the next, at every step."""
@@ -715,7 +737,7 @@ class _Drawing:
                 self._arrow(source, target, [(a.right, a.middle), (b.x, b.middle)], told=told)
             return
         # Of both directions, each one's own last, through a matrix: the reverse one's is at the first step.
-        x = encoder.right + 50
+        x = encoder.right + (84 if self.rolled else 50)
         top, low = self.layer_y[self.depth["core"] - 1, 1], self.layer_y[0, 0] + self.state_height
         bar = _Box(x, top, 14, low - top)
         middle = self._text(0, 0, "bridge", 10, kind="soft").replace(
@@ -728,10 +750,12 @@ class _Drawing:
             a, b = self.boxes[forward], self.boxes[reverse]
             self._arrow(forward, "bridge", [(a.right, a.middle), (bar.x, a.middle)], told="last state, forward")
             if self.rolled:
-                self._arrow(reverse, "bridge", [(b.right, b.middle), (bar.x, b.middle)], told="last state, reverse")
+                low = b.bottom - 4  # below the loop
+                self._arrow(reverse, "bridge", [(b.right, low), (bar.x, low)], told="last state, reverse")
             else:
                 left, under = encoder.left - 10 - 7 * k, self.read_y + 58 + 7 * k
-                points = [(b.x, b.middle + 8), (left, b.middle + 8), (left, under), (bar.centre, under)]
+                out = b.middle if first == "before" else b.middle + 8
+                points = [(b.x, out), (left, out), (left, under), (bar.centre, under)]
                 self._arrow(reverse, "bridge", [*points, (bar.centre, bar.bottom)], told="last state, reverse")
             target = f"decoder.{k}.forward.{begin}"
             c = self.boxes[target]
@@ -782,7 +806,9 @@ class _Drawing:
             return
         if self.pooling != "last":
             columns = list(window.columns)
-            left = window.columns[columns[0]] - _WIDTH / 2
+            top = f"{core}.{self.depth[core] - 1}.{'reverse' if self.directions[core] == 2 else 'forward'}"
+            dots = [name for name in (f"{top}.before", f"{top}.after") if name in self.boxes]
+            left = min([window.columns[columns[0]] - _WIDTH / 2, *(self.boxes[name].x for name in dots)])
             bar = _Box(left, self.pool_y, max(box.right, window.right) - left, 24)
             words = {"mean": "mean of all hₜ", "max": "greatest of all hₜ, unit by unit"}
             text = words.get(self.pooling, "attention over all hₜ")
@@ -792,6 +818,9 @@ class _Drawing:
             for t in columns:
                 a = self.boxes[self._top(core, t)]
                 self._arrow(self._top(core, t), "pool", [(a.centre, a.y), (a.centre, bar.bottom)])
+            for dot in dots:
+                a = self.boxes[dot]
+                self._arrow(dot, "pool", [(a.centre, a.y), (a.centre, bar.bottom)], told="the steps that are not shown")
             self._arrow("pool", name, [(box.centre, bar.y), (box.centre, box.bottom)])
             return
         k = self.depth[core] - 1
@@ -866,7 +895,7 @@ class _Drawing:
         self.width = max(self.width, x + 24)
 
     def _captions(self) -> None:
-        signs, size = _fitting(_one_line(self.title), self.width - 48, 17)
+        signs, size = _fitting(_plain_line(self.title), self.width - 48, 17)
         self.over.append(self._text(24, 30, _escape("".join(signs)), size, bold=True, kind="left"))
         layers = max(self.depth.values())
         hidden = self.trace.tensors[f"{self.trace.layers(self.trace.cores[0])[0]}.h"].shape[1]
@@ -927,13 +956,9 @@ class _Drawing:
             self.bottom += 16
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _plain_line(text: str) -> str:
     """Words with their spaces, and nothing that XML forbids."""
-    return "".join(c if c == " " else _mark(c) or c for c in _one_line(text))
+    return "".join(c if c == " " else _mark(c) or c for c in " ".join(text.split()))
 
 
 def _towards(here: tuple[float, float], there: tuple[float, float], most: float) -> tuple[float, float]:
