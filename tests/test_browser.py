@@ -65,9 +65,9 @@ def translation(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Opene
 def test_it_draws_every_figure_and_asks_the_network_for_nothing(translation: Opened) -> None:
     drawn = translation.page.evaluate(
         """[...document.querySelectorAll(".figure")].map((place) => {
-            const box = place.querySelector(".plot").getBoundingClientRect();
+            const box = place.querySelector(".main-svg").getBoundingClientRect();
             return [box.width > 100 && box.height > 40,
-                    place.querySelectorAll(".heatmaplayer image, .scatterlayer path, .barlayer path").length];
+                    place.querySelectorAll(".heatmaplayer image, .scatterlayer path, .scatterlayer text, .barlayer path").length];
         })"""
     )
     assert len(drawn) == int(translation.page.evaluate("document.documentElement.dataset.drawn")) > 4
