@@ -67,7 +67,8 @@ def test_it_draws_every_figure_and_asks_the_network_for_nothing(translation: Ope
         """[...document.querySelectorAll(".figure")].map((place) => {
             const box = place.querySelector(".main-svg").getBoundingClientRect();
             return [box.width > 100 && box.height > 40,
-                    place.querySelectorAll(".heatmaplayer image, .scatterlayer path, .scatterlayer text, .barlayer path").length];
+                    place.querySelectorAll(
+                        ".heatmaplayer image, .scatterlayer path, .scatterlayer text, .barlayer path").length];
         })"""
     )
     assert len(drawn) == int(translation.page.evaluate("document.documentElement.dataset.drawn")) > 4
