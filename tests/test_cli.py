@@ -32,7 +32,7 @@ from unrolled.config import flag_key, load_config, resolve
 
 SOURCES = str(Path(cli.__file__).parents[1])
 SMALL = ["--hidden", "8", "--layers", "1", "--window", "16", "--batch-size", "4"]
-COMMANDS = ("train", "evaluate", "generate", "demo", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "inspect", "compare", "demo", "doctor")
 
 
 class Result(NamedTuple):
