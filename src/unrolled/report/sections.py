@@ -237,8 +237,8 @@ def _attention(trace: Trace) -> Section:
         else "back and forth"
     )
     text = (
-        f"A row is a written word, a column one that was read; the darker, the more it was looked at. It looks {how} "
-        f"({sharp:.2f} bits on average; {most:.2f} would be at all words alike), and moves {moves} ({order:.0%} of the "
+        f"A row is a written word, a column one that was read; the stronger the colour, the more it was looked "
+        f"at. It looks {how} ({sharp:.2f} bits on average; {most:.2f} would be at all words alike), and moves {moves} ({order:.0%} of the "
         "steps do not go back)."
     )
     if missed:
@@ -292,7 +292,7 @@ def _states(trace: Trace) -> Section:
         "change most. Bands along a row are memory: a unit that keeps what it holds; the menu has the other layers"
     )
     gates = any(name.endswith((".f", ".z")) for name in trace.tensors)
-    text += " and the gates, where dark is open." if gates else "."
+    text += " and the gates, strong where they are open." if gates else "."
     if len(drawn) == 2:
         text += " First the encoder, then the decoder."
     return Section("states", "States along time", text, "", drawn)
