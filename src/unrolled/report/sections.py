@@ -237,9 +237,9 @@ def _attention(trace: Trace) -> Section:
         else "back and forth"
     )
     text = (
-        f"A row is a written word, a column one that was read; the stronger the colour, the more it was looked "
-        f"at. It looks {how} ({sharp:.2f} bits on average; {most:.2f} would be at all words alike), and moves {moves} ({order:.0%} of the "
-        "steps do not go back)."
+        "A row is a written word, a column one that was read; the stronger the colour, the more it was looked at. It "
+        f"looks {how} ({sharp:.2f} bits on average; {most:.2f} would be at all words alike), and moves {moves} "
+        f"({order:.0%} of the steps do not go back)."
     )
     if missed:
         named = ", ".join(f"<b>{word}</b>" for word in missed[:12]) + (", …" if len(missed) > 12 else "")
