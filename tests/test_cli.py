@@ -32,7 +32,7 @@ from unrolled.config import flag_key, load_config, resolve
 
 SOURCES = str(Path(cli.__file__).parents[1])
 SMALL = ["--hidden", "8", "--layers", "1", "--window", "16", "--batch-size", "4"]
-COMMANDS = ("train", "evaluate", "generate", "demo", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "inspect", "compare", "demo", "doctor")
 
 
 class Result(NamedTuple):
@@ -214,7 +214,9 @@ def test_training_says_what_it_does_on_stderr(text: Path, tmp_path: Path) -> Non
     out = tmp_path / "my model"
     done = run("train", text, "--out", out, *SMALL, "--epochs", 2)
     assert (done.code, done.out) == (0, "")
-    form, sizes, *validations, best, hint = done.err.splitlines()
+    form, sizes, *validations, best, report, hint = done.err.splitlines()
+    assert report == f"report: {out / 'report.html'}"
+    assert (out / "report.html").exists()
     assert form == "text -> next: many-to-many, aligned, autoregressive (language model)"
     learn = int(0.9 * len(ENGLISH))
     updates = -(-((learn - 1) // 4) // 16)

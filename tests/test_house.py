@@ -29,7 +29,7 @@ FLOORS = """
     model data
     decoding prediction evaluation checkpoints
     trace streaming
-    figures report
+    figures picture report
     metrics training
     ngram
     demo doctor

@@ -16,12 +16,15 @@ from test_written import PAIRS, SOURCE, TARGET, WAYS, batch, translator
 from unrolled import nn
 from unrolled.cells import EQUATIONS, Lookup
 from unrolled.errors import DataError, ModelError, StorageError
+from unrolled.kinds.contract import Targets
 from unrolled.trace import (
     gradient_flow,
     gradient_norms,
     load_trace,
     record,
     record_layer,
+    recording,
+    room,
     save_trace,
     step_singular_values,
     verdict,
@@ -37,6 +40,7 @@ from unrolled.trace.looking import (
     pharaoh,
     read_pharaoh,
 )
+from unrolled.trace.room import recording_bytes
 
 TEXT = ENGLISH[:40]
 CELLS = ("rnn", "rnn_relu", "lstm", "gru")
@@ -168,8 +172,27 @@ def test_gradients_of_a_translator_reach_the_encoder() -> None:
         for core in trace.cores:
             for layer in trace.layers(core):
                 assert bool(gradient_norms(trace, layer).any()), (way, layer)
-    with pytest.raises(ModelError, match="give it"):
-        record(translator(), SOURCE, gradient=True)
+
+
+def test_a_gradient_without_what_is_expected_is_of_what_the_model_says() -> None:
+    model = translator()
+    trace = record(model, SOURCE, gradient=True)
+    steps, _ = batch(model, [(SOURCE, TARGET)])
+    own = trace.tensors["chosen"][:, None]
+    targets = Targets((own,), torch.tensor([len(own)]))
+    again = recording._gradients({"core": model.core}, lambda: model.loss(steps, targets).total)
+    torch.testing.assert_close(trace.tensors["core.0.forward.dh"], again["core.0.forward.dh"][:, 0])
+
+
+def test_a_text_larger_than_memory_is_refused_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(text=ENGLISH, cell="lstm", hidden=8, layers=2, dtype=torch.float32)
+    need = recording_bytes(model, 1000)
+    states = 2 * 6 * 1000 * 2 * 8 * 4  # h, c and four gates of two layers of 8 units, and the copy of them
+    assert need == states + 3 * 1000 * len(model.vocabulary) * 4
+    monkeypatch.setattr(room, "free_bytes", lambda: need // 10)
+    with pytest.raises(DataError, match=r"to record 1,000 steps takes about 0\.0 GiB .* --steps (79|80) "):
+        record(model, (ENGLISH * 2)[:1000])
+    assert len(record(model, ENGLISH, steps=79).read) == 79
 
 
 @pytest.mark.parametrize("mode", ["RNN", "LSTM", "GRU"])

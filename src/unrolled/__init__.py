@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from unrolled.evaluation import evaluate
     from unrolled.model import LanguageModel, Model
     from unrolled.prediction import predict
+    from unrolled.report import compare, inspect
+    from unrolled.trace import record
     from unrolled.training import train
 
     __version__: str
@@ -24,10 +26,13 @@ __all__ = [
     "Model",
     "UnrolledError",
     "__version__",
+    "compare",
     "evaluate",
     "generate",
+    "inspect",
     "load",
     "predict",
+    "record",
     "save",
     "train",
 ]
@@ -38,10 +43,13 @@ _HOME = {
     "LanguageModel": "unrolled.model",
     "Model": "unrolled.model",
     "UnrolledError": "unrolled.errors",
+    "compare": "unrolled.report",
     "evaluate": "unrolled.evaluation",
     "generate": "unrolled.decoding",
+    "inspect": "unrolled.report",
     "load": "unrolled.checkpoints",
     "predict": "unrolled.prediction",
+    "record": "unrolled.trace",
     "save": "unrolled.checkpoints",
     "train": "unrolled.training",
 }

@@ -5,6 +5,8 @@
         vocabulary.json         what was learnt about both ends: symbols <-> ids, labels, scales
         model.safetensors       the best weights so far: what evaluate and generate use
         metrics.jsonl           one line per logged update and per validation
+        examples.json           a few examples of the validation part, for reports; not needed
+        report.html             what there is to be seen; not needed
         checkpoints/0000001234/ weights, optimiser, averages, carry (state.safetensors) and position (state.json)
 
 Each file verifies itself and appears whole or not at all (`unrolled.storage`). The weights name the
@@ -120,7 +122,7 @@ def begin_folder(folder: Path, config: Config, ends: Ends, *, overwrite: bool = 
             if (folder / _CHECKPOINTS).exists():
                 shutil.rmtree(folder / _CHECKPOINTS)
             storage.remove_leftovers(folder)
-            for name in (_WEIGHTS, "metrics.jsonl", _VOCABULARY, _CONFIG):
+            for name in (_WEIGHTS, "metrics.jsonl", "examples.json", "report.html", _VOCABULARY, _CONFIG):
                 (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"{folder}: cannot replace the model in it: {error.strerror}") from error

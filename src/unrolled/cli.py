@@ -16,7 +16,19 @@ from unrolled.errors import ConfigError, UnrolledError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["app", "demo", "doctor", "evaluate", "generate", "main", "predict", "train"]
+__all__ = [
+    "app",
+    "compare",
+    "demo",
+    "doctor",
+    "evaluate",
+    "generate",
+    "inspect",
+    "main",
+    "picture",
+    "predict",
+    "train",
+]
 
 app = typer.Typer(
     name="unrolled",
@@ -33,6 +45,7 @@ app = typer.Typer(
       unrolled train my.txt --out my/           learn a text
       unrolled evaluate my/ other.txt           how well is another predicted?
       unrolled generate my/ --prompt "Once "    have it write
+      unrolled inspect my/ "Once upon a time"   look inside: a page to open in a browser
 
     [bold]Labels, numbers, translations[/bold]
 
@@ -155,6 +168,9 @@ def train(
     ] = None,
     resume: Annotated[bool, _opt("Go on from where the model in --out stopped.", _RUN, "--resume", metavar="")] = False,
     force: Annotated[bool, _opt("Replace the model in --out.", _RUN, "--force", metavar="")] = False,
+    no_report: Annotated[
+        bool, _opt("Write no report.html into --out at the end.", _RUN, "--no-report", metavar="")
+    ] = False,
     dump_config: Annotated[
         bool, _opt("Print all settings, resolved and explained, and do nothing.", _RUN, "--dump-config", metavar="")
     ] = False,
@@ -216,6 +232,7 @@ def train(
         resume=resume,
         force=force,
         watcher=open_bar(),
+        report=not no_report,
         **settings,
     )
     folder = shlex.quote(str(out))
@@ -455,6 +472,90 @@ def generate(
     sys.stdout.flush()  # a reader who has gone is noticed here and not while Python shuts down
 
 
+_PAGE = "The page"
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a trace that was saved.")],
+    text: Annotated[
+        str | None, typer.Argument(help="What it shall read: a text or a file; none: an example it has, or writes.")
+    ] = None,
+    out: Annotated[Path, _opt("The page to write (report.html).", _PAGE, "--out", "-o")] = Path("report.html"),
+    target: Annotated[str | None, _opt("What should come out: label(s), or the text written.", _PAGE)] = None,
+    steps: Annotated[int | None, _opt("Read at most so many steps (300 of a running text).", _PAGE)] = None,
+    show: Annotated[
+        list[str] | None,
+        _opt(
+            "Only this: answer, unrolled, attention, next, states, units, gradient, learning, samples; again for more.",
+            _PAGE,
+            metavar="SECTION",
+        ),
+    ] = None,
+    trace: Annotated[Path | None, _opt("Save what was recorded as this file, too.", _PAGE)] = None,
+    input: Annotated[
+        str | None, typer.Option(help="Columns of a table, if not those of training.", metavar="KIND:COLUMN")
+    ] = None,
+) -> None:
+    """Look inside a model: one page with what it said and how sure it was, where it looked, its states, single units,
+    how far its gradient reaches and how it was trained. It opens without a network.
+
+    Examples:
+
+      unrolled inspect translator/ "Ein Mann sitzt auf einer Bank." --out report.html
+
+      unrolled inspect shakespeare/ play.txt --steps 500 --out report.html --trace play.trace
+
+      unrolled inspect play.trace --show states --show gradient --out states.html
+    """
+    from unrolled.report import expect_place, given
+    from unrolled.report import inspect as run
+
+    for place in (out, trace):
+        if place is not None:
+            expect_place(place)
+    if target is not None and text is None:
+        raise ConfigError("--target: give the text that it belongs to, too")
+    example = None if text is None else given(text, input=input)
+    report = run(model, example, expected=target, steps=steps, show=show or ())
+    if trace is not None:
+        from unrolled.trace import save_trace
+
+        if not report.traces:
+            raise ConfigError("--trace: nothing was read, so that there is no trace to save: give a text or a file")
+        save_trace(next(iter(report.traces.values())), trace)
+    report.save(out)
+    if not report.traces:
+        typer.echo("note: nothing was read: give a text or a file to see what happens inside", err=True)
+    typer.echo(f"{out}: open it in a browser", err=True)
+
+
+@app.command(no_args_is_help=True)
+def compare(
+    first: Annotated[Path, typer.Argument(help="A model folder.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
+    text: Annotated[str | None, typer.Argument(help="What both shall read: a text or a file.")] = None,
+    out: Annotated[Path, _opt("The page to write (compare.html).", _PAGE, "--out", "-o")] = Path("compare.html"),
+    target: Annotated[str | None, _opt("What should come out.", _PAGE)] = None,
+    steps: Annotated[int | None, _opt("Read at most so many steps (300 of a running text).", _PAGE)] = None,
+) -> None:
+    """Two models side by side on one page: the settings that differ, their learning curves, how far their gradients
+    reach, and what each makes of the same input.
+
+    Example:
+
+      unrolled compare lstm/ gru/ "To be, or not to be" --out compare.html
+    """
+    from unrolled.report import compare as run
+    from unrolled.report import expect_place, given
+
+    expect_place(out)
+    if target is not None and text is None:
+        raise ConfigError("--target: give the text that it belongs to, too")
+    run(first, second, None if text is None else given(text), expected=target, steps=steps).save(out)
+    typer.echo(f"{out}: open it in a browser", err=True)
+
+
 @app.command()
 def demo(
     name: Annotated[
@@ -503,6 +604,27 @@ def doctor(
         typer.echo(json.dumps(found))
     else:
         _table(found)
+
+
+@app.command(no_args_is_help=True)
+def picture(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    text: Annotated[str, typer.Argument(help="What it shall read: a text, or the file of an image, video or series.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write, SVG.")] = Path("picture.svg"),
+    rolled: Annotated[bool, typer.Option("--rolled", metavar="", help="One step and a loop.")] = False,
+    start: Annotated[int | None, typer.Option(help="The first step to show, from 0.", show_default=False)] = None,
+    steps: Annotated[int, typer.Option(help="How many steps are shown at most.")] = 8,
+) -> None:
+    """Draw the network unrolled in time, with what it read, held and said at each step.
+
+    Example: unrolled picture translator/ "Ein Mann sitzt auf einer Bank." --out bank.svg
+    """
+    from unrolled.checkpoints import load
+    from unrolled.picture import Picture
+    from unrolled.trace import record
+
+    Picture.of(record(load(model), text), rolled=rolled, start=start, steps=steps).save(out)
+    typer.echo(f"{out}: open it in a browser", err=True)
 
 
 # click's, which older versions of typer import and newer ones bring along; typer exports the class below it only.

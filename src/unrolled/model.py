@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,21 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def _repr_html_(self) -> str:
+        # Plain HTML of its own: a model stands below all that draws. `unrolled.inspect` shows what happens in it.
+        core = self.config.core
+        rows = {
+            "form": str(self.form),
+            "core": f"{core.cell}, hidden size {core.hidden:,}, layers {core.layers}"
+            + (", both directions" if core.bidirectional else ""),
+            "weights": f"{sum(p.numel() for p in self.parameters()):,}",
+        }
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<div><b>{type(self).__name__}</b><table>{cells}</table></div>"
 
 
 class ExampleModel(Model):

@@ -46,6 +46,7 @@ __all__ = [
     "write_folder",
     "write_json",
     "write_tensors",
+    "write_text",
     "write_yaml",
 ]
 
@@ -212,6 +213,15 @@ def read_yaml(path: str | Path, kind: str) -> dict[str, Any]:
     data, body = _read(Path(path), kind, _YAML_HEAD, _EDITED)
     content: dict[str, Any] = yaml.safe_load(data[body:])
     return content
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text for other programs to read (a page, say): whole or not at all like all files, but not sealed.
+
+    Raises:
+        StorageError: the file cannot be written; the earlier one is whole.
+    """
+    _write(Path(path), [text.encode("utf-8", "replace")])
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -3,6 +3,7 @@
 recording   a run as a value (`Trace`), kept as one file
 looking     attention as numbers
 gradients   gradient flow as numbers, and what they mean
+units       single units over a whole text: what drives them, and what is lost without them
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ are computed from the states they made. Gradients are those of the reference pat
 
 from __future__ import annotations
 
+import html
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +26,11 @@ from unrolled.decoding import BeamSettings, beam_search
 from unrolled.errors import DataError, ModelError, StorageError
 from unrolled.kinds import Text, Written
 from unrolled.kinds.contract import Steps, Targets
+from unrolled.kinds.number import Scale
 from unrolled.kinds.text import IGNORE
 from unrolled.model import ExampleModel, LanguageModel, Model
 from unrolled.nn import Core, as_core
+from unrolled.trace.room import expect_room
 from unrolled.unroll import Unrolled
 
 if TYPE_CHECKING:
@@ -53,10 +57,13 @@ class Trace:
             one-hot;
             `scores.names` and `scores.values`: the `top` best symbols or labels at each output step [U K], ids and
             log-probabilities; `chosen` [U] and `chosen.score` [U]: what was said, and its log-probability;
-            `attention` [U S]: where the decoder looked;
+            `attention` [U S]: where the decoder looked; `numbers` [U F]: what came out, scaled, where that is numbers;
+            `ends` [U]: at which input step each output is given, where that is not every one;
             `{core}.{k}.{direction}.d{field}` [T H]: the gradient of the loss with respect to h and c, if asked for.
         names: the symbols or labels that `scores.names` and `chosen` number.
-        about: form, cell, sizes and the figures of the run, plain values.
+        about: form, cell, sizes and the figures of the run, plain values; with gradients `at`, of which output step
+            they are; of some forms also `pooling`, `feed` and `input_feeding` as in the settings, and `scales`, the
+            mean and deviation of each column of the numbers that are `read` and `written`.
     """
 
     read: tuple[str, ...]
@@ -85,6 +92,28 @@ class Trace:
         if "attention" not in self.tensors:
             raise ModelError("this model has no attention to look at: train one with --attention dot")
         return self.tensors["attention"].float()
+
+    def _repr_html_(self) -> str:
+        # Plain HTML of its own: figures stand on a higher floor, and a notebook should not carry a drawing library for
+        # every value that is looked at. `unrolled.inspect(trace)` shows the pictures.
+        def line(name: str, pieces: tuple[str, ...], tints: list[float]) -> str:
+            told = "".join(
+                f'<span style="background:rgba(217,98,59,{tint:.2f})">{html.escape(piece)}</span>'
+                for piece, tint in zip(pieces[:300], tints or [0.0] * 300, strict=False)
+            )
+            more = f" … {len(pieces) - 300:,} more" if len(pieces) > 300 else ""
+            return f"<tr><th>{name}</th><td style='text-align:left;white-space:pre-wrap'>{told}{more}</td></tr>"
+
+        about = self.about
+        scores = self.tensors.get("chosen.score", torch.zeros(0))[:300].float()
+        doubt = (0.75 * (-scores / math.log(2) / 8).clamp(0, 1)).tolist()  # the warmer the more it surprised
+        running = len(self.expected) == len(self.read) - 1 and "decoder" not in self.cores
+        rows = [line("read", self.read, [0.0, *doubt] if running else [])]
+        if self.written and not running:
+            rows.append(line("written", self.written, doubt))
+        sizes = f"{about.get('cell', '?')}, hidden size {about.get('hidden', '?')}, layers {about.get('layers', '?')}"
+        head = f"<b>Trace</b> {html.escape(str(about.get('form', '')))}<br>{html.escape(sizes)}"
+        return f"<div>{head}<table>{''.join(rows)}</table></div>"
 
 
 def gates_of(cell: Any, inputs: Any, before: Float[Tensor, "T B H"]) -> dict[str, Float[Tensor, "T B H"]]:
@@ -230,27 +259,30 @@ def record(
     Args:
         model: any model that `unrolled.train` makes, in evaluation mode or not: it runs as in evaluation.
         example: a raw input of the model's kind; for a language model, a text.
-        expected: what should come out; the loss, and so the gradient, is of it. Of text that is written, the words that
-            are read on the way: if None, those that the model itself writes by beam search. A language model's is the
-            text itself.
+        expected: what should come out; the loss, and so the gradient, is of it; if None, of what the model itself says.
+            Of text that is written, the words that are read on the way: if None, those that the model itself writes by
+            beam search. A language model's is the text itself.
         gradient: record the gradient of the loss with respect to every state too.
         at: the output step whose loss alone it is of (-1: the last, how far back does it reach?); None: of all, summed.
         top: how many of the best symbols or labels are kept at each step.
         steps: read at most so many steps of a language model's text.
 
     Raises:
-        DataError: the example cannot be read, or is too short to have a loss where a gradient is asked for.
-        ModelError: a gradient is asked for and nothing is expected.
+        DataError: the example cannot be read, does not fit into memory, or is too short to have a loss where a gradient
+            is asked for.
+        ModelError: a gradient is asked for, numbers come out and none are expected.
     """
     training = model.training
     model.eval()
     try:
         if isinstance(model, LanguageModel):
-            return _record_text(model, str(example), gradient, at, top, steps)
-        assert isinstance(model, ExampleModel)
-        return _record_example(model, example, expected, gradient, at, top)
+            trace = _record_text(model, str(example), gradient, at, top, steps)
+        else:
+            assert isinstance(model, ExampleModel)
+            trace = _record_example(model, example, expected, gradient, at, top)
     finally:
         model.train(training)
+    return replace(trace, about={**trace.about, "at": at}) if gradient else trace
 
 
 def _record_text(model: LanguageModel, text: str, gradient: bool, at: int | None, top: int, steps: int | None) -> Trace:
@@ -259,6 +291,7 @@ def _record_text(model: LanguageModel, text: str, gradient: bool, at: int | None
         raise DataError("the text is empty: there is nothing to record")
     if gradient and len(ids) < 2:
         raise DataError("the text is one symbol: a loss takes one to read and one to predict")
+    expect_room(model, len(ids), gradient=gradient)
     log: dict[str, Tensor] = {}
     with torch.inference_mode(), _watch(model.core, log, "core"):
         scores, _ = model(ids[:, None])
@@ -269,7 +302,8 @@ def _record_text(model: LanguageModel, text: str, gradient: bool, at: int | None
             scores = model(ids[:-1, None])[0][:, 0]
             return _cross_entropy(scores, ids[1:], at)
 
-        log |= _gradients({"core": model.core}, loss)
+        with _in_torch(model):
+            log |= _gradients({"core": model.core}, loss)
     names = [model.vocabulary.name(i) for i in range(len(model.vocabulary))]
     log |= _best(scores[:, 0], targets, top)
     read = tuple(names[i] for i in ids.tolist())
@@ -291,18 +325,19 @@ def _record_example(
 ) -> Trace:
     source, output = model.ends.input, model.ends.output
     steps = source.collate([_whole(source.encode(example))]).to(model.device)
+    expect_room(model, int(steps.lengths[0]), gradient=gradient)
+    names = _names(output)
     targets = None
     if expected is not None:
         targets = output.collate([_whole(output.encode(expected))]).to(model.device)
-    elif gradient:
-        raise ModelError("a gradient is of a loss, and a loss of what is expected: give it (expected=...)")
+    elif gradient and not names:
+        raise ModelError("a gradient is of a loss, and that of numbers is of what is expected: give it (expected=...)")
     if isinstance(output, Written) and targets is None:
         targets = _written(model, steps, output)
     cores = {"core": model.core}
     decoder = getattr(model.writer, "core", None)
     if isinstance(decoder, Core):
         cores["decoder"] = decoder
-    names = _names(output)
     log: dict[str, Tensor] = {}
     with torch.inference_mode(), ExitStack() as watched:
         for name, core in cores.items():
@@ -311,15 +346,6 @@ def _record_example(
         if isinstance(attention, Attention):
             watched.enter_context(_look(attention, log))
         scores = model.scores(steps, targets)[:, 0]
-    if gradient:
-        assert targets is not None
-        if at is None:
-            log |= _gradients(cores, lambda: model.loss(steps, targets).total)
-        elif not names:
-            raise ModelError("at: numbers have one loss; leave it out")
-        else:
-            right_ids = targets.tensors[0][:, 0]
-            log |= _gradients(cores, lambda: _cross_entropy(model.scores(steps, targets)[:, 0], right_ids, at))
     wanted = targets.tensors[0][:, 0] if targets is not None and names else None
     said: tuple[str, ...] = ()
     if names:
@@ -327,8 +353,20 @@ def _record_example(
         said = tuple(names[i] for i in log["chosen"].tolist())
     else:
         log["numbers"] = scores
+    if gradient and names and (at is not None or targets is None):
+        right_ids = log["chosen"] if wanted is None else wanted
+        with _in_torch(model):
+            log |= _gradients(cores, lambda: _cross_entropy(model.scores(steps, targets)[:, 0], right_ids, at))
+    elif gradient:
+        if at is not None:
+            raise ModelError("at: numbers have one loss; leave it out")
+        assert targets is not None
+        with _in_torch(model):
+            log |= _gradients(cores, lambda: model.loss(steps, targets).total)
     right = () if wanted is None or expected is None else tuple(names[i] if i >= 0 else "?" for i in wanted.tolist())
     read = source.pieces(example) if isinstance(source, Text) else _shown(steps)
+    if steps.ends is not None and output.aligned:
+        log["ends"] = steps.ends[:, 0]
     return _trace(model, log, tuple(read), said, right, names)
 
 
@@ -374,6 +412,20 @@ def _best(scores: Tensor, chosen: Tensor | None, top: int) -> dict[str, Tensor]:
     return {"scores.names": names, "scores.values": values, "chosen": said, "chosen.score": score}
 
 
+@contextmanager
+def _in_torch(model: Model) -> Iterator[None]:
+    """The model without the native operators, whose first gradient loads seconds' worth of torch's compiler."""
+    parts: list[Any] = [part for part in model.modules() if isinstance(getattr(part, "backend", None), str)]
+    before = [(part, part.backend) for part in parts]
+    for part, _ in before:
+        part.backend = "reference"
+    try:
+        yield
+    finally:
+        for part, backend in before:
+            part.backend = backend
+
+
 def _gradients(cores: Mapping[str, Core], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     kept: dict[str, list[Tensor]] = {}
     parameters = [p for core in cores.values() for p in core.parameters()]
@@ -409,13 +461,21 @@ def _trace(
         rows = value[:, 0] if value.dim() > 2 or (name.endswith(".inputs") and value.dim() == 2) else value
         tensors[name] = rows.detach().clone().cpu().contiguous()
     used = {i for name in ("scores.names", "chosen") if name in tensors for i in tensors[name].flatten().tolist()}
-    about = {
+    about: dict[str, Any] = {
         "form": str(model.form),
         "cell": config.core.cell,
         "hidden": config.core.hidden,
         "layers": config.core.layers,
         "bidirectional": config.core.bidirectional,
     }
+    if config.output.kind in ("label", "number"):
+        about["pooling"] = config.output.pooling
+    if config.output.kind == "text":
+        about |= {"feed": config.output.feed, "input_feeding": config.output.input_feeding}
+    numeric = {"read": model.ends.input} if config.input.kind in ("series", "vector") else {}
+    scales = {side: getattr(end, "scale", None) for side, end in {**numeric, "written": model.ends.output}.items()}
+    if scales := {side: scale.to_json() for side, scale in scales.items() if isinstance(scale, Scale)}:
+        about["scales"] = scales
     if "chosen.score" in tensors and written:
         about["log_probability"] = float(tensors["chosen.score"].sum())
     return Trace(read, written, expected, tensors, {i: names[i] for i in sorted(used)}, about)

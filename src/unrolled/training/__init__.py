@@ -30,7 +30,7 @@ from unrolled.errors import ConfigError, StorageError, TrainingError
 from unrolled.model import Model, build_model, form_of
 from unrolled.progress import Silent, Watcher
 from unrolled.storage import make_folder, write_yaml
-from unrolled.training.courses import ExampleCourse, TextCourse
+from unrolled.training.courses import Course, ExampleCourse, TextCourse
 from unrolled.training.loop import Training, learning_rate
 
 __all__ = ["learning_rate", "prepare_config", "train"]
@@ -51,6 +51,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     watcher: Watcher | None = None,
+    report: bool = False,
     **settings: Any,
 ) -> Model:
     """Train a model on a text or on a table of examples and leave it in a model folder; that with the best weights.
@@ -69,6 +70,10 @@ def train(
             the folder; those given must agree, but for `epochs`, `steps` and `patience`, which may change.
         force: replace a model that `out` holds.
         watcher: where progress is shown (`unrolled.progress.open_bar()`); nowhere if None.
+        report: at the end write `report.html` into the folder, a page on the model (see `unrolled.inspect`), and
+            `examples.json`, a few examples of the validation part that reports show. The command line does; from
+            Python, where a program may train many models, it must be asked for. If it cannot be written that is said,
+            and the training is finished all the same.
         settings: single settings by their plain names: `hidden=256, epochs=3`.
 
     Raises:
@@ -92,7 +97,7 @@ def train(
     device = _device(config_.training.device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return _train(_paths(data), _paths(valid), out, config_, resume, device, watcher)
+            return _train(_paths(data), _paths(valid), out, config_, resume, device, watcher, report)
     finally:
         watcher.stop()  # an error's message must not land in a bar
 
@@ -169,7 +174,14 @@ def _device(name: str) -> torch.device:
 
 
 def _train(
-    data: Any, valid: Any, out: Path, config: Config, resume: bool, device: torch.device, watcher: Watcher
+    data: Any,
+    valid: Any,
+    out: Path,
+    config: Config,
+    resume: bool,
+    device: torch.device,
+    watcher: Watcher,
+    report: bool,
 ) -> Model:
     steps = checkpoint_steps(out) if resume else []
     source = None if config.training.init_from is None else Path(config.training.init_from)
@@ -206,7 +218,23 @@ def _train(
     if steps:
         watcher.say(f"going on at update {run.at.step:,}")
     run.go()
+    if report:
+        _report(out, course, watcher)
     return load(out)
+
+
+def _report(out: Path, course: Course, watcher: Watcher) -> None:
+    """Write report.html; whatever goes wrong, the training is finished and its model is written."""
+    try:
+        from unrolled.report import inspect, write_examples
+
+        write_examples(out, course.examples(6))
+        inspect(out).save(out / "report.html")
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        watcher.say(f"note: {out / 'report.html'} could not be written: {message}")
+    else:
+        watcher.say(f"report: {out / 'report.html'}")
 
 
 def _start_from(model: Model, source: Path) -> None:

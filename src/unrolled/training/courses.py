@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,10 @@ class Course(ABC):
     @abstractmethod
     def words(self, value: float | None) -> str:
         """A value of `best`, for people."""
+
+    @abstractmethod
+    def examples(self, count: int) -> list[tuple[Any, Any]]:
+        """A few raw examples of the validation part, inputs and what should come out; the first is of usual length."""
 
     @abstractmethod
     def describe(self, total: int) -> str:
@@ -183,6 +188,11 @@ class TextCourse(Course):
 
     def words(self, value: float | None) -> str:
         return f"{value:.4f} nats per character"
+
+    def examples(self, count: int) -> list[tuple[Any, Any]]:
+        """One: the beginning of the validation text, some 4,000 symbols of it."""
+        text = self.model.vocabulary.decode(self.valid.ids[:4000].tolist()).lstrip()
+        return [(text, None)] if text else []
 
     def describe(self, total: int) -> str:
         vocabulary = self.model.vocabulary
@@ -326,6 +336,16 @@ class ExampleCourse(Course):
 
     def words(self, value: float | None) -> str:
         return f"{self.best[0]} {value:.4f}"
+
+    def examples(self, count: int) -> list[tuple[Any, Any]]:
+        valid = self.parts.valid
+        # A forecast is of the series itself: what follows is no target of the steps before.
+        several = np.linspace(0, len(valid) - 1, min(count, len(valid))).round().astype(int).tolist()
+        usual = int(np.abs(valid.lengths - np.median(valid.lengths)).argmin())
+        chosen = list(dict.fromkeys([usual, *several]))[:count]
+        values = self.parts.valid_values.take([int(i) for i in valid.kept[chosen]])
+        forecast = self.model.config.output.kind == "next"
+        return [(value, None if forecast else right) for value, right in values]
 
     def describe(self, total: int) -> str:
         learn, valid = self.parts.learn, self.parts.valid
