@@ -20,6 +20,7 @@ import unrolled
 import unrolled.progress
 from unrolled.checkpoints import save
 from unrolled.errors import ConfigError, DataError, ModelError, StorageError
+from unrolled.evaluation import evaluate
 from unrolled.report import Report, compare, given, inspect
 from unrolled.trace import load_trace, record, save_trace
 from unrolled.trace.looking import entropy, monotonicity
@@ -189,6 +190,37 @@ def test_two_models_side_by_side(tmp_path: Path) -> None:
         assert any(f"<b>{bits:.3f} bits per character.</b>" in section.text for section in report.sections), cell
     with pytest.raises(ModelError, match="expected two model folders, got a trace"):
         compare(record(models["gru"], "the cat"), tmp_path / "gru")
+
+
+def test_models_of_different_symbols_are_compared_per_character(tmp_path: Path) -> None:
+    """As `evaluate` counts: a syllable of three jamo is one character."""
+    text = "한국어를 잘 합니다."
+    found = {}
+    for unit in ("char", "jamo"):
+        model = small_model(text=text, dtype=torch.float32, unit=unit)
+        save(model, tmp_path / unit)
+        (tmp_path / "text.txt").write_text(text, "utf-8")
+        found[unit] = evaluate(model, tmp_path / "text.txt").bits_per_char
+    report = compare(tmp_path / "char", tmp_path / "jamo", text)
+    for unit, bits in found.items():
+        assert any(f"<b>{bits:.3f} bits per character.</b>" in section.text for section in report.sections), unit
+
+
+@pytest.mark.parametrize(
+    "norms, clip, said",
+    [
+        ([0.5, 2.0, 8.0, 0.9], 1.0, "clipping at 1 cut it down in 50% of the logged updates, at the most 8-"),
+        ([0.5, 0.25], 1.0, "was 0.5 in the middle and 0.5 at the most: clipping at 1 never had to act."),
+        ([3.0], None, "was 3 in the middle and 3 at the most; it was not clipped."),
+    ],
+)
+def test_what_clipping_did_is_told(norms: list[float], clip: float | None, said: str, tmp_path: Path) -> None:
+    model = small_model(text=ENGLISH, dtype=torch.float32, clip=clip)
+    save(model, tmp_path / "m")
+    lines = [{"kind": "train", "step": n, "loss": 3.0, "norm": norm} for n, norm in enumerate(norms, 1)]
+    (tmp_path / "m" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (learning,) = [section for section in inspect(tmp_path / "m", "the cat").sections if section.name == "learning"]
+    assert said in learning.text
 
 
 def test_steps_cut_what_is_read() -> None:

@@ -136,7 +136,7 @@ def _of_model(model: Model, folder: Path | None, example: Any, expected: Any, st
         if remarks:
             body = f'{first.body}<p class="note">{html.escape(remarks)}</p>'
             sections[0] = Section(first.name, first.title, first.text, body, first.figures)
-    training = _training(metrics)
+    training = _training(metrics, model.config.training.clip)
     if training is not None:
         sections.append(training)
     samples = _samples(model, kept)
@@ -396,7 +396,7 @@ def _units(model: LanguageModel, text: str, trace: Trace) -> Section:
     return Section("units", "What single units do", words, body, [drawn])
 
 
-def _training(metrics: Sequence[Mapping[str, Any]]) -> Section | None:
+def _training(metrics: Sequence[Mapping[str, Any]], clip: float | None) -> Section | None:
     try:
         figure = figures.learning_curve(metrics)
     except DataError:
@@ -415,7 +415,24 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section | None:
             text += " After that it rose: what it learnt then it learnt by heart; more data or --dropout would help."
         else:
             text += " After that it stayed about there."
-    return Section("learning", "How it learnt", text, "", [figure])
+    return Section("learning", "How it learnt", text + _clipped(metrics, clip), "", [figure])
+
+
+def _clipped(metrics: Sequence[Mapping[str, Any]], clip: float | None) -> str:
+    """What clipping did, by the norms of the whole gradient that the log has."""
+    norms = sorted(float(line["norm"]) for line in metrics if line.get("kind") == "train" and "norm" in line)
+    if not norms:
+        return ""
+    text = f" The gradient's norm was {norms[len(norms) // 2]:.3g} in the middle and {norms[-1]:.3g} at the most"
+    if clip is None:
+        return text + "; it was not clipped."
+    cut = sum(norm > clip for norm in norms) / len(norms)
+    if cut == 0:
+        return f"{text}: clipping at {clip:g} never had to act."
+    return (
+        f"{text}: clipping at {clip:g} cut it down in {cut:.0%} of the logged updates, at the most "
+        f"{norms[-1] / clip:.3g}-fold. That holds exploding gradients in; vanishing ones it cannot help."
+    )
 
 
 def _samples(model: Model, kept: Sequence[tuple[Any, Any]]) -> Section | None:
@@ -562,6 +579,6 @@ def _side_by_side(traces: Mapping[str, Trace], notes: Sequence[str]) -> list[Sec
 
 def _bits(trace: Trace) -> str:
     """Bits per character, in which models of different symbols can be compared."""
-    characters = len("".join(trace.read[1:]))
+    characters = int(trace.about.get("characters", 0)) or len("".join(trace.read[1:]))
     total = sum(bits_of(trace))
     return f"<b>{total / max(characters, 1):.3f} bits per character.</b> " if math.isfinite(total) else ""

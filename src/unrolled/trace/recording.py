@@ -308,7 +308,10 @@ def _record_text(model: LanguageModel, text: str, gradient: bool, at: int | None
     log |= _best(scores[:, 0], targets, top)
     read = tuple(names[i] for i in ids.tolist())
     written = tuple(names[i] for i in scores[:, 0].argmax(-1).tolist())
-    return _trace(model, log, read, written, read[1:], names)
+    trace = _trace(model, log, read, written, read[1:], names)
+    decode = model.vocabulary.decode
+    characters = len(decode(ids.tolist())) - len(decode(ids[:1].tolist()))  # as `evaluate` counts them
+    return replace(trace, about={**trace.about, "characters": characters})
 
 
 def _cross_entropy(scores: Tensor, targets: Tensor, at: int | None) -> Tensor:
