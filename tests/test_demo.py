@@ -195,7 +195,9 @@ def test_each_demo_shows_all_of_it(name: str, tmp_path: Path, monkeypatch: pytes
     assert curve == ["2", "4"]
     assert re.search(rf"^  {BASELINE[name]} {{2,}}\d", done.out, re.MULTILINE)
     assert re.search(rf"^  this model \({model.config.core.cell}, 8 units.*\) +\d", done.out, re.MULTILINE)
-    assert f"The model is in {out}. Try next:\n  unrolled " in done.out
+    assert f"The model is in {out}. Try next:\n  open {out}/report.html in a browser: a look inside" in done.out
+    assert (out / "report.html").stat().st_size > 1_000_000
+    assert "\n  unrolled " in done.out
     assert done.out.count("unrolled ") >= 3
 
 

@@ -63,7 +63,7 @@ class Road:
         """Say the form, train."""
         config = prepare_config(self.out, **{key: value for key, value in settings.items() if value is not None})
         print(f"Form: {form_of(config)}.\n")
-        return train(data, self.out, valid=valid, force=self.force, watcher=self.watcher, **settings)
+        return train(data, self.out, valid=valid, force=self.force, watcher=self.watcher, report=True, **settings)
 
     def learn_examples(self, data: Any, valid: Any, **settings: Any) -> ExampleModel:
         """The same of a model of examples."""
@@ -110,6 +110,9 @@ class Road:
     def finish(self, *commands: str) -> None:
         """How long it took, where the model is, and commands to try: {out} and {data} stand for the folders."""
         print(f"\n{time.monotonic() - self.began:.0f} seconds in all. The model is in {self.out}. Try next:")
+        page = self.out / "report.html"
+        if page.exists():
+            print(f"  open {shlex.quote(str(page))} in a browser: a look inside the model")
         for command in commands:
             print(f"  {command.format(out=shlex.quote(str(self.out)), data=shlex.quote(str(self.data)))}")
 
