@@ -99,10 +99,17 @@ def test_gradient_curves_are_the_norms(text_trace: Trace) -> None:
     other = record(small_model(text=ENGLISH, cell="gru"), TEXT, gradient=True, at=-1)
     figure = figures.gradient_curves({"LSTM": text_trace, "GRU": other})
     curves = {line.name: line for line in figure.data}
-    assert list(curves) == ["LSTM, layer 1", "LSTM, layer 2", "GRU, layer 1"]
-    for name, trace in (("LSTM, layer 1", text_trace), ("GRU, layer 1", other)):
-        back = gradient_norms(trace, "core.0.forward").flip(0)
+    assert list(curves) == ["LSTM, layer 1", "LSTM, layer 1, c", "LSTM, layer 2", "LSTM, layer 2, c", "GRU, layer 1"]
+    for name, trace, field in (
+        ("LSTM, layer 1", text_trace, "h"),
+        ("LSTM, layer 1, c", text_trace, "c"),
+        ("GRU, layer 1", other, "h"),
+    ):
+        back = gradient_norms(trace, "core.0.forward", field).flip(0)
         np.testing.assert_allclose(np.asarray(curves[name].y, float), (back / back[0]).numpy())
+        assert curves[name].line.dash == ("dash" if field == "c" else "solid")
+    assert curves["LSTM, layer 1, c"].line.color == curves["LSTM, layer 1"].line.color
+    assert len({curves[name].line.color for name in curves}) == 3
     assert figure.layout.yaxis.type == "log"
     plain = record(small_model(text=ENGLISH), TEXT)
     with pytest.raises(ModelError, match="no gradients"):

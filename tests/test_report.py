@@ -183,7 +183,7 @@ def test_two_models_side_by_side(tmp_path: Path) -> None:
     assert names(report) == ["settings", "answer", "answer-2", "next", "next-2", "gradient"]
     assert "<td>core.cell</td><td>lstm</td><td>gru</td>" in report.sections[0].body
     curves = report.sections[-1].figures[0].data
-    assert [curve.name for curve in curves] == ["lstm, layer 1", "gru, layer 1"]
+    assert [curve.name for curve in curves] == ["lstm, layer 1", "lstm, layer 1, c", "gru, layer 1"]
     for cell, model in models.items():
         scores = record(model, ENGLISH[:40]).tensors["chosen.score"][:-1]
         bits = float(-scores.sum()) / np.log(2) / 39

@@ -268,6 +268,32 @@ def test_a_verdict_gives_the_figure_and_what_to_try() -> None:
     assert "1.20-fold" in said["large"]
 
 
+def test_a_verdict_of_an_lstm_follows_the_gradient_that_lives_on_in_c() -> None:
+    """With the forget gate open and the output gate all but shut, dL/dh dies at once and dL/dc stays."""
+    model = small_model(text=ENGLISH, cell="lstm")
+    said = {}
+    for name, bias in (("open", 20.0), ("shut", -6.0)):
+        with torch.no_grad():
+            one = model.core.layers[0][0]
+            one.weight_hh.mul_(1e-4)
+            one.weight_ih.zero_()
+            one.bias_hh.zero_()
+            one.bias_ih.zero_()
+            one.bias_ih[8:16] = bias
+        trace = record(model, ENGLISH[:60], gradient=True, at=-1)
+        (flow,) = gradient_flow(trace)
+        assert flow.thousandth is not None
+        assert flow.thousandth < 3
+        assert flow.c is not None
+        norms = torch.linalg.vector_norm(trace.tensors["core.0.forward.dc"].double(), dim=-1)
+        assert flow.c.growth == pytest.approx(growth(norms))
+        said[name] = verdict(flow, "lstm")
+        if name == "shut":
+            assert flow.c.growth == pytest.approx(1 / (1 + math.exp(6)), rel=0.05)
+    assert said["open"].startswith("Over these 58 steps the gradient of c, in which an LSTM remembers, neither falls")
+    assert "falls 1000-fold in" in said["shut"]
+
+
 def test_saturation_and_memory_are_those_of_the_gates() -> None:
     model = small_model(text=ENGLISH, cell="lstm")
     with torch.no_grad():

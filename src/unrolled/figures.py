@@ -530,8 +530,8 @@ def _unscaled(trace: Trace, side: str, numbers: Tensor) -> Any:
 
 def gradient_curves(traces: Trace | Mapping[str, Trace], *, core: str = "core") -> go.Figure:
     """How far a gradient reaches: its norm |dL/dh| at so many steps before the last one that has any, as a share of the
-    norm there, for every layer of every trace, on a logarithmic scale. Several models stand side by side when the same
-    text was recorded with each.
+    norm there, for every layer of every trace, on a logarithmic scale; of an LSTM also |dL/dc|, dashed. Several models
+    stand side by side when the same text was recorded with each.
 
     traces: recorded with `gradient=True, at=-1`; several by their names.
 
@@ -545,8 +545,11 @@ def gradient_curves(traces: Trace | Mapping[str, Trace], *, core: str = "core") 
     figure = _figure(340, width=320)
     number = lowest = 0
     for name, trace in named.items():
-        for layer in trace.layers(core):
-            norms = gradient_norms(trace, layer)
+        parts = [
+            (layer, field) for layer in trace.layers(core) for field in "hc" if f"{layer}.d{field}" in trace.tensors
+        ]
+        for layer, field in parts or [(layer, "h") for layer in trace.layers(core)]:
+            norms = gradient_norms(trace, layer, field)
             back = (norms if layer.endswith(".reverse") else norms.flip(0)).double()
             real = back.nonzero()
             back = back[int(real[0]) :] if len(real) else back[:0]
@@ -554,18 +557,22 @@ def gradient_curves(traces: Trace | Mapping[str, Trace], *, core: str = "core") 
                 continue
             curve = (back / back[0]).tolist()
             lowest = min(lowest, *(math.floor(math.log10(y)) for y in curve if y > 0))
-            label = layer_name(layer)
+            label = layer_name(layer) + (", c" if field == "c" else "")
+            number += field == "h"
             figure.add_trace(
                 go.Scatter(
                     x=list(range(len(curve))),
                     y=[y if y > 0 else None for y in curve],
                     mode="lines" if len(curve) > 1 else "markers",
                     name=f"{name}, {label}" if several else label,
-                    line=dict(width=2, color=_LINES[number % len(_LINES)]),
+                    line=dict(
+                        width=2,
+                        color=_LINES[(number - 1) % len(_LINES)],
+                        dash="dash" if field == "c" else "solid",
+                    ),
                     hovertemplate="%{x} steps back: %{y:.3g}",
                 )
             )
-            number += 1
     if len(figure.data):
         figure.add_hline(y=1e-3, line=dict(color="#8a93a0", width=1, dash="dot"))
     figure.update_xaxes(title="steps back")

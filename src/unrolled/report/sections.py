@@ -12,6 +12,7 @@ from unrolled import figures
 from unrolled.picture import unrolled_svg
 from unrolled.report.page import Section, table
 from unrolled.trace import Flow, Trace, gradient_flow, verdict
+from unrolled.trace.gradients import Reach
 from unrolled.trace.looking import alignments, coverage, entropy, monotonicity, overlooked, pharaoh
 
 __all__ = ["bits_of", "gradient_section", "trace_sections"]
@@ -329,7 +330,8 @@ def gradient_section(traces: dict[str, Trace]) -> Section:
         for core in trace.cores:
             for flow in gradient_flow(trace, core):
                 label = figures.layer_name(flow.layer)
-                rows.append((name, label, *_figures(flow)) if only is None else (label, *_figures(flow)))
+                for part, cells in _figures(flow).items():
+                    rows.append((name, label + part, *cells) if only is None else (label + part, *cells))
                 if not summed and flow.steps > 0:
                     kind = f"{name}, {_CELLS.get(cell, cell)}, {label}"
                     whose = label[0].upper() + label[1:] if only is not None else kind
@@ -366,11 +368,18 @@ def _outputs(trace: Trace) -> int:
     return 1
 
 
-def _figures(flow: Flow) -> tuple[str, ...]:
-    def steps(fall: int | None) -> str:
-        return f"not in {flow.steps} steps" if fall is None else f"{fall} steps"
+def _figures(flow: Flow) -> dict[str, tuple[str, ...]]:
+    """Rows of a table: that of h, and of an LSTM's c."""
+
+    def reach(of: Reach) -> tuple[str, ...]:
+        falls = (
+            f"not in {flow.steps} steps" if fall is None else f"{fall} steps" for fall in (of.tenth, of.thousandth)
+        )
+        return *falls, "–" if math.isnan(of.growth) else f"× {of.growth:.3f}"
 
     memory = "–" if flow.memory is None else "∞" if math.isinf(flow.memory) else f"{flow.memory:.1f} steps"
     gates = ", ".join(f"{gate} {share:.0%}" for gate, share in flow.saturation.items()) or "–"
-    growth = "–" if math.isnan(flow.growth) else f"× {flow.growth:.3f}"
-    return steps(flow.tenth), steps(flow.thousandth), growth, memory, gates
+    rows = {"": (*reach(Reach(flow.tenth, flow.thousandth, flow.growth)), memory, gates)}
+    if flow.c is not None:
+        rows[", c"] = (*reach(flow.c), "", "")
+    return rows

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Flow",
+    "Reach",
     "fall",
     "gradient_flow",
     "gradient_norms",
@@ -32,13 +33,13 @@ __all__ = [
 _SATURATED = 0.1  # a gate below this or above 1 - this; Karpathy, Johnson and Fei-Fei 2016, section 4.2
 
 
-def gradient_norms(trace: Trace, layer: str) -> Float[Tensor, "T"]:
-    """The Euclidean norm of dL/dh_t at each step of a layer.
+def gradient_norms(trace: Trace, layer: str, field: str = "h") -> Float[Tensor, "T"]:
+    """The Euclidean norm of dL/dh_t at each step of a layer, or with field c that of dL/dc_t of an LSTM.
 
     Raises:
         ModelError: the trace has no gradients.
     """
-    name = f"{layer}.dh"
+    name = f"{layer}.d{field}"
     if name not in trace.tensors:
         raise ModelError("this trace has no gradients: record it with gradient=True")
     norms: Tensor = torch.linalg.vector_norm(trace.tensors[name].double(), dim=-1)
@@ -106,10 +107,32 @@ def memory_length(trace: Trace, layer: str) -> float | None:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far back a gradient reaches: `fall` by 10 and by 1000, and `growth`."""
+
+    tenth: int | None
+    thousandth: int | None
+    growth: float
+
+    @classmethod
+    def of(cls, norms: Float[Tensor, "T"]) -> Reach:
+        return cls(fall(norms, 10), fall(norms, 1000), growth(norms))
+
+    def beyond(self, other: Reach) -> bool:
+        """Whether it falls later."""
+        mine, others = (
+            [math.inf if steps is None else steps for steps in (reach.thousandth, reach.tenth)]
+            for reach in (self, other)
+        )
+        return mine > others
+
+
+@dataclass(frozen=True)
 class Flow:
     """The gradient flow of one layer; see the functions of the same names.
 
-    tenth, thousandth: `fall` by 10 and by 1000; steps: how many steps back there are.
+    norms, tenth, thousandth, growth: of dL/dh; c: the reach of dL/dc of an LSTM, which remembers in c: there a gradient
+    may live on while that of h falls; steps: how many steps back there are.
     """
 
     layer: str
@@ -120,6 +143,13 @@ class Flow:
     growth: float
     saturation: dict[str, float]
     memory: float | None
+    c: Reach | None = None
+
+    @property
+    def reach(self) -> Reach:
+        """That of h, or of c where it reaches further."""
+        h = Reach(self.tenth, self.thousandth, self.growth)
+        return self.c if self.c is not None and self.c.beyond(h) else h
 
 
 def gradient_flow(trace: Trace, core: str = "core") -> list[Flow]:
@@ -127,18 +157,23 @@ def gradient_flow(trace: Trace, core: str = "core") -> list[Flow]:
     layer first."""
     flows = []
     for layer in trace.layers(core):
-        norms = gradient_norms(trace, layer)
-        along = norms.flip(0) if layer.endswith(".reverse") else norms
+
+        def along(field: str, layer: str = layer) -> Tensor:
+            norms = gradient_norms(trace, layer, field)
+            return norms.flip(0) if layer.endswith(".reverse") else norms
+
+        h = Reach.of(along("h"))
         flows.append(
             Flow(
                 layer,
-                tuple(norms.tolist()),
-                _last(along),
-                fall(along, 10),
-                fall(along, 1000),
-                growth(along),
+                tuple(gradient_norms(trace, layer).tolist()),
+                _last(along("h")),
+                h.tenth,
+                h.thousandth,
+                h.growth,
                 saturation(trace, layer),
                 memory_length(trace, layer),
+                Reach.of(along("c")) if f"{layer}.dc" in trace.tensors else None,
             )
         )
     return flows
@@ -146,26 +181,31 @@ def gradient_flow(trace: Trace, core: str = "core") -> list[Flow]:
 
 def verdict(flow: Flow, cell: str) -> str:
     """What a gradient flow means, in a sentence, with the figure behind it."""
-    if flow.thousandth is not None:
+    reach = flow.reach
+    whose = "The gradient"
+    if reach is flow.c:
+        whose = "The gradient of c, in which an LSTM remembers,"
+    if reach.thousandth is not None:
         advice = {
             "lstm": "try a forget bias of 1 or more, or chrono initialisation",
             "gru": "try chrono initialisation, or an LSTM",
         }.get(cell, "try an LSTM or a GRU, or start from orthogonal matrices")
         return (
-            f"The gradient falls 1000-fold in {flow.thousandth} steps: what stands further back than that teaches "
-            f"almost nothing; {advice}."
+            f"{whose} falls 1000-fold in {reach.thousandth} steps: what stands further back than that teaches almost "
+            f"nothing; {advice}."
         )
-    if flow.growth > 1.05:
+    if reach.growth > 1.05:
         return (
-            f"The gradient grows {flow.growth:.2f}-fold at each step back, {flow.growth**flow.steps:.3g}-fold over "
+            f"{whose} grows {reach.growth:.2f}-fold at each step back, {reach.growth**flow.steps:.3g}-fold over "
             f"these {flow.steps} steps: it explodes; keep --clip, and try a lower learning rate."
         )
-    if flow.tenth is not None:
+    if reach.tenth is not None:
         return (
-            f"The gradient falls 10-fold in {flow.tenth} steps and not 1000-fold within these {flow.steps}: near words "
+            f"{whose} falls 10-fold in {reach.tenth} steps and not 1000-fold within these {flow.steps}: near words "
             "teach more than far ones, which still teach something."
         )
-    return f"Over these {flow.steps} steps the gradient neither falls 10-fold nor explodes: all of them teach."
+    whose = whose.replace("The", "the", 1)
+    return f"Over these {flow.steps} steps {whose} neither falls 10-fold nor explodes: all of them teach."
 
 
 def step_singular_values(
