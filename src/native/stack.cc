@@ -101,9 +101,12 @@ void stack(int cell, bool bf16, bool both, bool bias, nb::handle x, const nb::se
 struct Torch {
     nb::object tensor, parameter, float32, bfloat16;
     nb::object grad_enabled, autocast_enabled, autocast_dtype, dispatch_modes, transforms, threads, empty;
-    nb::str cpu{"cpu"}, requires_grad{"requires_grad"}, is_neg{"is_neg"};
-    nb::str parameters{"_parameters"}, names{"_flat_weights_names"}, frozen{"_frozen"};
     bool short_empty = false;
+    nb::str cpu{"cpu"}, requires_grad{"requires_grad"}, is_neg{"is_neg"};
+    // What a layer has.
+    nb::str parameters{"_parameters"}, names{"_flat_weights_names"}, frozen{"_frozen"}, mode{"mode"}, backend{"backend"};
+    nb::str training{"training"}, dropout{"dropout"}, recurrent_dropout{"recurrent_dropout"}, layers{"num_layers"};
+    nb::str input_size{"input_size"}, hidden_size{"hidden_size"}, bias{"bias"}, both{"bidirectional"}, batch_first{"batch_first"};
 
     Torch() {
         const nb::module_ torch = nb::module_::import_("torch");
@@ -120,7 +123,8 @@ struct Torch {
         } catch (nb::python_error&) {
             empty = torch.attr("empty_strided");
         }
-        for (nb::str* name : {&requires_grad, &is_neg, &parameters, &names, &frozen}) {
+        for (nb::str* name : {&requires_grad, &is_neg, &parameters, &names, &frozen, &mode, &backend, &training, &dropout,
+                              &recurrent_dropout, &layers, &input_size, &hidden_size, &bias, &both, &batch_first}) {
             PyObject* own = name->release().ptr();
             PyUnicode_InternInPlace(&own);
             *name = nb::steal<nb::str>(own);
@@ -158,33 +162,83 @@ TensorView ready(const Torch& torch, nb::object& owner, const char* name, bool w
     return TensorView(owner, name);
 }
 
+// A layer's attributes, without the detours of torch's modules: those that stand in its own dictionary.
+class Attributes {
+public:
+    explicit Attributes(nb::handle layer) : all_(nb::steal(PyObject_GenericGetDict(layer.ptr(), nullptr))) {
+        if (!all_.is_valid()) PyErr_Clear();
+    }
+    // Borrowed; null where there is none.
+    nb::handle find(nb::handle name) const {
+        if (!all_.is_valid()) return {};
+        PyObject* found = PyDict_GetItemWithError(all_.ptr(), name.ptr());
+        if (found == nullptr) PyErr_Clear();
+        return found;
+    }
+    // What they say; `wrong` where one is not there or says nothing of the kind.
+    bool truth(nb::handle name) {
+        const nb::handle found = find(name);
+        const int said = found.is_valid() ? PyObject_IsTrue(found.ptr()) : -1;
+        if (said < 0) PyErr_Clear();
+        wrong = wrong || said < 0;
+        return said > 0;
+    }
+    int64_t size(nb::handle name) {
+        const nb::handle found = find(name);
+        int64_t said = -1;
+        if (!found.is_valid() || !PyLong_CheckExact(found.ptr()) || !nb::try_cast(found, said) || said < 1 || said > 1 << 30)
+            wrong = true;
+        return said;
+    }
+    bool is(nb::handle name, std::initializer_list<const char*> texts) const {
+        const nb::handle found = find(name);
+        if (!found.is_valid() || !PyUnicode_CheckExact(found.ptr())) return false;
+        for (const char* text : texts)
+            if (PyUnicode_CompareWithASCIIString(found.ptr(), text) == 0) return true;
+        return false;
+    }
+
+    bool wrong = false;
+
+private:
+    nb::object all_;
+};
+
 // What a drop-in layer returns, for a dense float32 batch whose gradient nobody asks for; None where that does not hold,
 // or something is wrong, and the caller must see to it. One step of one row is a few microseconds of arithmetic: every
 // look at a tensor counts.
 //
 // layer: it is asked for its weights, by name, as they are now, and for copies that it keeps because it was told to.
 // x `[T B I]`, or `[B T I]` if batch_first; hx None, h_0 or, for an lstm, (h_0, c_0).
-nb::object call(nb::handle layer, int cell, nb::handle x_, nb::handle hx, int64_t layers, int64_t input_size,
-                int64_t hidden_size, nb::handle bias_, nb::handle both_, nb::handle batch_first_) {
+nb::object call(nb::handle layer, nb::handle x_, nb::handle hx) {
     const Torch& torch = Torch::get();
-    const bool lstm = cell_of(cell) == Cell::lstm;
     if (!torch.is_plain(x_)) return nb::none();
-    const bool bias = nb::cast<bool>(nb::bool_(nb::borrow(bias_))), both = nb::cast<bool>(nb::bool_(nb::borrow(both_)));
-    const bool batch_first = nb::cast<bool>(nb::bool_(nb::borrow(batch_first_)));
+    Attributes attributes(layer);
+    const bool lstm = attributes.is(torch.mode, {"LSTM"});
+    const int cell = static_cast<int>(lstm                                       ? Cell::lstm
+                                      : attributes.is(torch.mode, {"GRU"})      ? Cell::gru
+                                      : attributes.is(torch.mode, {"RNN_TANH"}) ? Cell::rnn
+                                                                                : Cell::rnn_relu);
+    if (cell == static_cast<int>(Cell::rnn_relu) && !attributes.is(torch.mode, {"RNN_RELU"})) return nb::none();
+    const int64_t layers = attributes.size(torch.layers), input_size = attributes.size(torch.input_size);
+    const int64_t hidden_size = attributes.size(torch.hidden_size);
+    const bool bias = attributes.truth(torch.bias), both = attributes.truth(torch.both);
+    const bool batch_first = attributes.truth(torch.batch_first);
+    const bool drops = attributes.truth(torch.training) &&
+                       (attributes.truth(torch.dropout) || attributes.truth(torch.recurrent_dropout));
+    if (attributes.wrong || drops || !attributes.is(torch.backend, {"auto", "native"})) return nb::none();
     const bool grad = torch.grad_enabled().is(nb::handle(Py_True));
     if (grad && torch.wants_gradient(x_)) return nb::none();
 
     // The weights: parameters, unless something else stands in an attribute's place.
-    const nb::dict attributes = nb::steal<nb::dict>(PyObject_GenericGetDict(layer.ptr(), nullptr));
-    const nb::handle own = PyDict_GetItemWithError(attributes.ptr(), torch.parameters.ptr());
-    const nb::handle names = PyDict_GetItemWithError(attributes.ptr(), torch.names.ptr());
+    const nb::handle own = attributes.find(torch.parameters), names = attributes.find(torch.names);
     if (!own.is_valid() || !names.is_valid() || !nb::isinstance<nb::dict>(own) || !nb::isinstance<nb::list>(names))
         return nb::none();
     std::vector<nb::object> weights;
     weights.reserve(8);
     for (const nb::handle name : nb::borrow<nb::list>(names)) {
         PyObject* weight = PyDict_GetItemWithError(own.ptr(), name.ptr());
-        if (weight != nullptr && PyDict_Contains(attributes.ptr(), name.ptr()) == 0) {
+        if (weight != nullptr && !attributes.find(name).is_valid()) {
             weights.push_back(nb::borrow(weight));
         } else {
             PyErr_Clear();
@@ -213,7 +267,7 @@ nb::object call(nb::handle layer, int cell, nb::handle x_, nb::handle hx, int64_
 
     Packs packs;
     std::vector<nb::object> kept;  // what the packs belong to
-    if (const nb::handle frozen = PyDict_GetItemWithError(attributes.ptr(), torch.frozen.ptr()); frozen.is_valid() && !frozen.is_none()) {
+    if (const nb::handle frozen = attributes.find(torch.frozen); frozen.is_valid() && !frozen.is_none()) {
         for (const nb::handle layer_kept : frozen) {
             if (!nb::getattr(layer_kept, "bf16").is(nb::handle(bf16 ? Py_True : Py_False))) break;
             if (packs.empty()) weights.clear();
@@ -226,6 +280,7 @@ nb::object call(nb::handle layer, int cell, nb::handle x_, nb::handle hx, int64_
 
     nb::object x = nb::borrow(x_);
     const int64_t count = layers * (both ? 2 : 1);
+    if (static_cast<int64_t>(weights.size()) != count * (bias ? 4 : 2)) return nb::none();
     std::vector<TensorView> views;
     views.reserve(weights.size());
     Scratch zeros;
@@ -282,8 +337,7 @@ void bind_stack(nb::module_& m) {
     using nb::arg;
     m.def("stack", &stack, arg("cell"), arg("bf16"), arg("both"), arg("bias"), arg("x"), arg("weights"), arg("h_0"),
           arg("c_0").none(), arg("outputs"), arg("h_n"), arg("c_n").none(), arg("packs"), arg("threads"));
-    m.def("call", &call, arg("layer"), arg("cell"), arg("x"), arg("hx").none(), arg("layers"), arg("input_size"),
-          arg("hidden_size"), arg("bias"), arg("both"), arg("batch_first"));
+    m.def("call", &call, arg("layer"), arg("x").none(), arg("hx").none());
 }
 
 }  // namespace unrolled

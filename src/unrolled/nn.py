@@ -340,9 +340,6 @@ class Core(torch.nn.Module):
 _NAMES = {"RNN_TANH": "rnn", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 """The equations' names by what torch calls a layer's mode."""
 
-_NATIVE = ("auto", "native")
-"""The backends that run the kernels where they can."""
-
 
 class _DropIn(torch.nn.RNNBase):
     """What the three drop-ins share. They are torch.nn's classes with another `forward`, so constructor,
@@ -399,23 +396,10 @@ class _DropIn(torch.nn.RNNBase):
         Raises:
             ShapeError: a tensor of another shape or type than these.
         """
-        if lengths is None and reset is None and self.backend in _NATIVE and not torch.compiler.is_compiling():
-            # The shortest way to the kernels, where there is one: a step of one row is a few microseconds of arithmetic.
-            if not (self.training and (self.dropout or self.recurrent_dropout)):
-                found = native.call(
-                    self,
-                    _NAMES[self.mode],
-                    input,
-                    hx,
-                    self.num_layers,
-                    self.input_size,
-                    self.hidden_size,
-                    self.bias,
-                    self.bidirectional,
-                    self.batch_first,
-                )
-                if found is not None:
-                    return found
+        if lengths is None and reset is None and not torch.compiler.is_compiling():
+            found = native.call(self, input, hx)
+            if found is not None:
+                return found
         if not isinstance(input, Tensor | PackedSequence):
             raise ShapeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
         if hx is not None:
