@@ -252,14 +252,22 @@ void step_panels(const Operand<Number>& recurrent, const float* bias, int64_t H,
 
 constexpr int64_t rows_at_hand = 192;  // rows of inputs that are multiplied at once
 
-// What is packed for this call alone. input null: packed panel by panel on the way.
-struct OwnPacks {
+int64_t steps_at_hand(int64_t T, int64_t rows) {
+    return std::clamp<int64_t>(rows_at_hand / std::max<int64_t>(rows, 1), 1, std::max<int64_t>(T, 1));
+}
+
+// What the threads of one call have in common, per direction.
+struct Shared {
+    // Packed for this call alone. input null: packed panel by panel on the way.
     const std::byte *input = nullptr, *recurrent = nullptr;
+    // If they share by units: h as operands, c, and what the inputs contribute. Threads that each ask for memory of their
+    // own wait for one another, which for a single step takes longer than the arithmetic.
+    Scratch operands, cells, projected;
 };
 
 template <class Number, Cell C>
 void forward_direction(const Forward& f, int d, const Plan& plan, int index, int count, Barrier& barrier,
-                       const OwnPacks& own, ElementOf<Number>* shared_operands, float* shared_c) {
+                       const Shared& shared) {
     using Element = ElementOf<Number>;
     using Panels = typename PanelsOf<C>::type;
     constexpr int G = gates(C);
@@ -281,8 +289,8 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
         recurrent.packed = reinterpret_cast<const Element*>(
             f.packed[d] + (lookup ? 0 : packed_input_size<Number, C>(I, H)));
     } else {
-        input.packed = reinterpret_cast<const Element*>(own.input);
-        recurrent.packed = reinterpret_cast<const Element*>(own.recurrent);
+        input.packed = reinterpret_cast<const Element*>(shared.input);
+        recurrent.packed = reinterpret_cast<const Element*>(shared.recurrent);
     }
     const bool passing = !lookup && input.packed == nullptr && recurrent.packed != nullptr;
     Scratch passing_block;
@@ -291,12 +299,15 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
 
     // Operands [2][n][K]: h of the step before and of this one, in turn; a row of zeros for resets.
     const int64_t K = padded<Number>(H);
-    Scratch zero_block(static_cast<size_t>(K) * 4);
-    std::memset(zero_block.data(), 0, static_cast<size_t>(K) * 4);
+    Scratch zero_block;
+    if (reset != nullptr) {
+        zero_block = Scratch(static_cast<size_t>(K) * 4);
+        std::memset(zero_block.data(), 0, static_cast<size_t>(K) * 4);
+    }
     const float* const zero = zero_block.as<float>();
     const Element* const zero_operand = zero_block.as<Element>();
     Scratch operand_block;
-    Element* operands = shared_operands;
+    Element* operands = shared.operands.template as<Element>();
     if constexpr (rounds<Number>) {
         if (!plan.by_units) {
             operand_block = Scratch(static_cast<size_t>(2 * std::max<int64_t>(n, 1) * K) * sizeof(Element));
@@ -312,7 +323,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
     }
     // Inference keeps one c for each row.
     Scratch c_block;
-    float* cells = shared_c;
+    float* cells = shared.cells.template as<float>();
     const bool keep_c = C == Cell::lstm && f.c[d] == nullptr;
     if (keep_c) {
         if (!plan.by_units) {
@@ -322,17 +333,21 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
     }
 
     // The products with the inputs, for as many steps at once as make them large while what they write stays near.
-    const int64_t ahead = lookup ? T : std::clamp<int64_t>(rows_at_hand / std::max<int64_t>(n, 1), 1, std::max<int64_t>(T, 1));
+    const int64_t ahead = lookup ? T : steps_at_hand(T, n);
     const bool in_place = f.tape[d] != nullptr || C == Cell::rnn || C == Cell::rnn_relu;
     Scratch projected_block, x_block;
-    if (!lookup && !in_place) projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
+    float* projected = shared.projected.template as<float>();
+    if (!lookup && !in_place && !plan.by_units) {
+        projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
+        projected = projected_block.as<float>();
+    }
     const int64_t KI = padded<Number>(I);
     if (!lookup && rounds<Number>) x_block = Scratch(static_cast<size_t>(ahead * n * KI) * sizeof(Element));
     const auto projected_row = [&](int64_t t, int64_t i, int64_t s) -> float* {
         const int64_t at = t * B + rows[i];
         if constexpr (C == Cell::rnn || C == Cell::rnn_relu) return outputs + at * stride;
         if (in_place) return f.tape[d] + at * tape_gates(C) * H;
-        return projected_block.as<float>() + (s * n + i) * G * H;
+        return projected + (s * n + i) * G * H;
     };
     Vector<const Element*> x_rows;
     Vector<float*> x_to;
@@ -427,24 +442,24 @@ void forward_layer(const Forward& given, int threads) {
     const bool lookup = f.inputs.ids != nullptr;
     const bool once = (plan.by_units || plan.threads == 1) && e.T * e.B <= rows_at_hand;
     Scratch packs[2];
-    OwnPacks own[2];
-    for (int d = 0; d < f.directions; ++d)
+    Shared shared[2];
+    Barrier barriers[2];
+    const int64_t K = padded<Number>(e.H);
+    for (int d = 0; d < f.directions; ++d) {
         if (f.packed[d] == nullptr && e.T * e.B > rows_packed_on_the_way) {
             const int64_t I = lookup || once ? 0 : e.I;
             packs[d] = Scratch(packed_size_of<Number, C>(false, I, e.H));
             pack_weights<Number, C>(false, I, e.H, f.weights[d], packs[d].data(), plan.threads);
-            if (I > 0) own[d].input = packs[d].data();
-            own[d].recurrent = packs[d].data() + packed_input_size<Number, C>(I, e.H);
+            if (I > 0) shared[d].input = packs[d].data();
+            shared[d].recurrent = packs[d].data() + packed_input_size<Number, C>(I, e.H);
         }
-    // What threads that share by units have in common, per direction.
-    const int64_t K = padded<Number>(e.H);
-    Scratch operands[2], cells[2];
-    Barrier barriers[2];
-    if (plan.by_units)
-        for (int d = 0; d < f.directions; ++d) {
-            operands[d] = Scratch(static_cast<size_t>(2 * e.B * K) * sizeof(ElementOf<Number>));
-            cells[d] = Scratch(static_cast<size_t>(e.B * e.H) * 4);
-        }
+        if (!plan.by_units) continue;
+        if (rounds<Number>) shared[d].operands = Scratch(static_cast<size_t>(2 * e.B * K) * sizeof(ElementOf<Number>));
+        if (C == Cell::lstm && f.c[d] == nullptr) shared[d].cells = Scratch(static_cast<size_t>(e.B * e.H) * 4);
+        const bool in_place = f.tape[d] != nullptr || C == Cell::rnn || C == Cell::rnn_relu;
+        if (!lookup && !in_place)
+            shared[d].projected = Scratch(static_cast<size_t>(steps_at_hand(e.T, e.B) * e.B * gates(C) * e.H) * 4);
+    }
     parallel(plan.threads, [&](int index, int count) {
         NoDenormals mode;
         int first = 0, last = f.directions;
@@ -456,8 +471,7 @@ void forward_layer(const Forward& given, int threads) {
             index %= count;
         }
         for (int d = first; d < last; ++d)
-            forward_direction<Number, C>(f, d, plan, index, count, barriers[d], own[d],
-                                         operands[d].template as<ElementOf<Number>>(), cells[d].template as<float>());
+            forward_direction<Number, C>(f, d, plan, index, count, barriers[d], shared[d]);
     });
 }
 
