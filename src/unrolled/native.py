@@ -287,11 +287,11 @@ def _arguments(d: Direction, looked_up: bool) -> tuple[Tensor | None, ...]:
 
 
 def call(layer: torch.nn.Module, x: Any, hx: Any) -> tuple[Tensor, Any] | None:
-    """What a drop-in layer's own call returns, for a dense float32 batch whose gradient nobody asks for; None where that
-    does not hold, or something is wrong, and the caller must see to it. Not while a graph is traced.
+    """What a drop-in layer's own call returns, for a dense float32 batch whose gradient nobody asks for; None where
+    that does not hold, or something is wrong: the caller must see to it. Not while a graph is traced.
 
-    The layer is asked for its weights, by name, as they are now. In C++, since one step of one row is a few microseconds
-    of arithmetic, and in Python each look at a tensor takes as long as a thousand multiplications.
+    The layer is asked for its weights, by name, as they are now. In C++: one step of one row is a few microseconds of
+    arithmetic, and in Python each look at a tensor takes as long as a thousand multiplications.
     """
     return None
 
