@@ -30,16 +30,22 @@ struct Store {
 // every step: on small pages a processor cannot keep that many addresses translated, and they collide in its caches.
 constexpr size_t large_page = size_t{2} << 20;
 
+#if defined(MADV_HUGEPAGE)
+// Of such a block: whole pages, however large the system's small ones are.
+size_t mapped_size(size_t bytes) { return (bytes + 0xffff) / 0x10000 * 0x10000; }
+#endif
+
 void* take(size_t bytes) {
 #if defined(MADV_HUGEPAGE)
     if (bytes >= large_page) {
         // More than is wanted, of which what lies before and after whole large pages goes back.
-        void* mapped = mmap(nullptr, bytes + large_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        const size_t wanted = mapped_size(bytes);
+        void* mapped = mmap(nullptr, wanted + large_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (mapped == MAP_FAILED) return nullptr;
         auto* const begin = static_cast<std::byte*>(mapped);
         const size_t before = (large_page - reinterpret_cast<uintptr_t>(begin) % large_page) % large_page;
         if (before > 0) munmap(begin, before);
-        if (before < large_page) munmap(begin + before + bytes, large_page - before);
+        if (before < large_page) munmap(begin + before + wanted, large_page - before);
         // Whole pages only: what is left over is not made larger than it is. A system that refuses has small pages.
         madvise(begin + before, bytes / large_page * large_page, MADV_HUGEPAGE);
         return begin + before;
@@ -51,7 +57,7 @@ void* take(size_t bytes) {
 void give_back(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
     if (bytes >= large_page) {
-        munmap(data, bytes);
+        munmap(data, mapped_size(bytes));
         return;
     }
 #endif
