@@ -291,7 +291,8 @@ __attribute__((noinline)) void multiply_turned(Sums<R, NV>& sums, int v, const f
                 for (int i = 0; i < 8; ++i)
 #pragma GCC unroll 4
                     for (int r = 0; r < R; ++r)
-                        sum[r][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(rows[r] + at + i), block[i], sum[r][half]);
+                        // As everywhere: whether the two are fused must not differ between one way and another.
+                        sum[r][half] = _mm256_broadcast_ss(rows[r] + at + i) * block[i] + sum[r][half];
             }
     }
 #pragma GCC unroll 4
