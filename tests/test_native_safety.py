@@ -173,6 +173,40 @@ def stack_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
     return Call("stack", native._native.stack, arguments)
 
 
+class Attributes:
+    """Has what `call` asks a layer for."""
+
+
+def call_as_layer(weights: list[Any], **rest: Any) -> Any:
+    layer, x, hx = Attributes(), rest.pop("x"), rest.pop("hx")
+    rest["_flat_weights_names"] = [f"weight {k}" for k in range(len(weights))]
+    rest["_parameters"] = dict(zip(rest["_flat_weights_names"], weights, strict=True))
+    layer.__dict__.update(rest)
+    return native._native.call(layer, x, tuple(hx) if isinstance(hx, list) else hx)
+
+
+def call_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
+    cell, steps, batch = draw.randrange(4), draw.choice([0, 1, 1, 2, 5]), draw.choice([0, 1, 1, 2, 7])
+    inputs, hidden, layers = draw.choice([1, 3, 17, 32]), draw.choice([1, 5, 33, 64]), draw.choice([1, 2, 3])
+    both, bias, batch_first = (draw.random() < 0.5 for _ in range(3))
+    number = lambda *shape: place(torch.randn(shape))  # noqa: E731
+    rows, directions = GATES[cell] * hidden, 1 + both
+    weights: list[Any] = []
+    for k in range(layers):
+        for _ in range(directions):
+            weights += [number(rows, directions * hidden if k else inputs), number(rows, hidden)]
+            weights += [number(rows), number(rows)] if bias else []
+    state = lambda: number(layers * directions, batch, hidden)  # noqa: E731
+    arguments = {
+        "mode": ["RNN_TANH", "RNN_RELU", "LSTM", "GRU"][cell], "num_layers": layers, "input_size": inputs,
+        "hidden_size": hidden, "bias": bias, "bidirectional": both, "batch_first": batch_first, "backend": "auto",
+        "training": False, "dropout": 0.0, "recurrent_dropout": 0.0, "weights": weights,
+        "x": number(batch, steps, inputs) if batch_first else number(steps, batch, inputs),
+        "hx": None if draw.random() < 0.3 else [state(), state()] if cell == 2 else state(),
+    }  # fmt: skip
+    return Call("call", call_as_layer, arguments)
+
+
 def backward_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
     arguments = layer_arguments(draw, place)
     cell, steps, batch, symbols, inputs, hidden, count, looked_up = arguments.pop("sizes")
@@ -305,8 +339,8 @@ def write_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
 
 
 CALLS = (
-    forward_call, stack_call, backward_call, pack_call, linear_call, pack_linear_call, cross_entropy_call, writer_call,
-    write_call,
+    forward_call, stack_call, call_call, backward_call, pack_call, linear_call, pack_linear_call, cross_entropy_call,
+    writer_call, write_call,
 )  # fmt: skip
 
 
@@ -496,6 +530,26 @@ def test_every_call_works_or_is_refused(tmp_path: Path) -> None:
 def test_a_state_that_a_cell_does_not_have_is_not_looked_into(tmp_path: Path) -> None:
     program = "import test_native_safety; test_native_safety.a_cell_without_c_is_given_one(1)"
     in_a_new_process(program, tmp_path / "log")
+
+
+def test_a_plain_call_takes_the_short_way() -> None:
+    """All sorts of layers and sizes: each is computed, and on torch's own kind of tensors."""
+    draw = chance.Random(1)
+    for _ in range(60):
+        call = call_call(draw, lambda t: t)
+        with torch.inference_mode(draw.random() < 0.5):
+            outputs, states = call()
+            assert outputs.is_inference() == torch.is_inference_mode_enabled()
+        for t in (outputs, *(states if isinstance(states, tuple) else [states])):
+            assert type(t) is Tensor
+            assert t.dtype == torch.float32
+            assert t.numel() * 4 <= t.untyped_storage().nbytes()
+            assert t.untyped_storage().resizable()
+
+
+@pytest.mark.parametrize("odd", ["a layer", 3, torch, torch.nn.Identity(), Attributes()], ids=str)
+def test_what_is_no_drop_in_layer_is_left_to_the_caller(odd: Any) -> None:
+    assert native._native.call(odd, torch.zeros(1, 1, 3), None) is None
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards pages with mprotect")

@@ -1,7 +1,9 @@
 #include "memory.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -23,6 +25,45 @@ struct Store {
     std::vector<Block> free;  // smallest first
     size_t kept = 0, in_use = 0;
 };
+
+// Blocks of a large page and more lie on large pages where the system has them. Weights of some megabytes are read at
+// every step: on small pages a processor cannot keep that many addresses translated, and they collide in its caches.
+constexpr size_t large_page = size_t{2} << 20;
+
+#if defined(MADV_HUGEPAGE)
+// Of such a block: whole pages, however large the system's small ones are.
+size_t mapped_size(size_t bytes) { return (bytes + 0xffff) / 0x10000 * 0x10000; }
+#endif
+
+void* take(size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= large_page) {
+        // More than is wanted, of which what lies before and after whole large pages goes back.
+        const size_t wanted = mapped_size(bytes);
+        void* mapped = mmap(nullptr, wanted + large_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (mapped == MAP_FAILED) return nullptr;
+        auto* const begin = static_cast<std::byte*>(mapped);
+        const size_t before = (large_page - reinterpret_cast<uintptr_t>(begin) % large_page) % large_page;
+        if (before > 0) munmap(begin, before);
+        if (before < large_page) munmap(begin + before + wanted, large_page - before);
+        // Whole pages only: what is left over is not made larger than it is. A system that refuses has small pages.
+        madvise(begin + before, bytes / large_page * large_page, MADV_HUGEPAGE);
+        return begin + before;
+    }
+#endif
+    return std::aligned_alloc(4096, bytes ? bytes : 4096);
+}
+
+void give_back(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= large_page) {
+        munmap(data, mapped_size(bytes));
+        return;
+    }
+#endif
+    static_cast<void>(bytes);
+    std::free(data);
+}
 
 Store* store = new Store;  // never destroyed: threads may end after the program's own objects
 
@@ -48,7 +89,7 @@ Scratch::Scratch(size_t bytes) {
             }
         }
     }
-    void* fresh = std::aligned_alloc(4096, bytes ? bytes : 4096);
+    void* fresh = take(bytes);
     if (fresh == nullptr) throw std::bad_alloc();
     data_ = static_cast<std::byte*>(fresh);
     size_ = bytes;
@@ -61,7 +102,7 @@ Scratch::~Scratch() {
     std::lock_guard<std::mutex> lock(store->mutex);
     store->in_use -= size_;
     if (store->kept + size_ > kept_at_most) {
-        std::free(data_);
+        give_back(data_, size_);
         return;
     }
     store->kept += size_;
@@ -86,7 +127,7 @@ void release_scratch() {
         blocks.swap(store->free);
         store->kept = 0;
     }
-    for (const Block& block : blocks) std::free(block.data);
+    for (const Block& block : blocks) give_back(block.data, block.size);
 }
 
 size_t scratch_held() {

@@ -153,9 +153,16 @@ __attribute__((noinline)) void pack_rows(const Panels& panels, int64_t panel, co
     for (int v = 0; v < NV; ++v) {
         const int n = panels.valid(panel, v);
         const float* rows = from + panels.column(panel, v) * stride;
+        // What is packed next; asked for beforehand, since that many rows at once are more streams than a processor follows
+        // by itself.
+        const float* next = from + (v + 1 < NV ? panels.column(panel, v + 1) : panels.column(panel + 1, 0)) * stride;
         ElementOf<Number>* out = to + v * L * Number::step;
         int64_t k = k0;
         for (; k + L * Number::step <= k1; k += L * Number::step) {
+#pragma GCC unroll 16
+            for (int i = 0; i < L; ++i)
+#pragma GCC unroll 2
+                for (int s = 0; s < Number::step; ++s) __builtin_prefetch(next + i * stride + k + s * L, 0, 2);
             vf block[L];
             if constexpr (std::is_same_v<Number, Float32>) {
                 if (n == L) {
@@ -256,7 +263,42 @@ struct Operand {
     const float* rows;                // then column j of the operand is `rows + j * stride`
     int64_t stride;
     int64_t K;
+    int64_t first = 0;                // the panel that `packed` begins with
 };
+
+#if UNROLLED_LANES == 16
+// sums[..][v] += rows x the operand whose sixteen columns are the rows `from + j * stride`, over K elements (a multiple of
+// 16). Turned eight by eight in halves of vectors: twice as many chains of sums that do not wait for one another, two
+// loads and two shuffles at a time on processors that split whole vectors, and no more than sixteen streams, which is how
+// many lines of the first cache there are for strides of 2 KB. `next` is what comes after these sixteen rows; it is asked
+// for in the order of memory, since sixteen streams are more than a processor follows by itself.
+template <int R, int NV>
+__attribute__((noinline)) void multiply_turned(Sums<R, NV>& sums, int v, const float* const* rows, const float* from,
+                                               const float* next, int64_t stride, int64_t K) {
+    __m256 sum[R][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) std::memcpy(sum[r], &sums.of[r][v], sizeof(vf));
+    for (int64_t k = 0; k < K; k += 16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) __builtin_prefetch(next + 16 * (k + i), 0, 2);
+#pragma GCC unroll 2
+        for (int64_t at = k; at < k + 16; at += 8)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                __m256 block[8];
+                load_transposed_8(from + 8 * half * stride + at, stride, block);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r)
+                        // As everywhere: whether the two are fused must not differ between one way and another.
+                        sum[r][half] = _mm256_broadcast_ss(rows[r] + at + i) * block[i] + sum[r][half];
+            }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) std::memcpy(&sums.of[r][v], sum[r], sizeof(vf));
+}
+#endif
 
 constexpr int64_t rows_packed_on_the_way = 4;  // at most; with more it pays to pack everything before
 constexpr int64_t piece = 64;                  // elements of k packed at once on the way
@@ -266,33 +308,25 @@ UNROLLED_INLINE void multiply_panel(Sums<R, Panels::NV>& sums, const Panels& pan
                                     const Operand<Number>& operand, const ElementOf<Number>* const* rows) {
     const int64_t K = padded<Number>(operand.K);
     if (R > rows_packed_on_the_way || operand.packed != nullptr) {
-        multiply<Number, R, Panels::NV>(sums, rows, 0, operand.packed + panel * panel_elements<Number, Panels>(operand.K), K);
+        multiply<Number, R, Panels::NV>(sums, rows, 0, operand.packed + (panel - operand.first) * panel_elements<Number, Panels>(operand.K), K);
         return;
     }
     int64_t k = 0;
 #if UNROLLED_LANES == 16
-    // Float32, whole vectors: sixteen k's of each vector are turned in registers and used at once.
+    // Float32, whole vectors: turned in registers and used at once.
     if constexpr (std::is_same_v<Number, Float32> && R <= rows_packed_on_the_way) {
         bool whole = true;
         for (int v = 0; v < Panels::NV; ++v) whole = whole && panels.valid(panel, v) == L;
-        if (whole)
-            for (; k + L <= operand.K; k += L)
+        if (whole) {
+            k = operand.K / L * L;
 #pragma GCC unroll 8
-                for (int v = 0; v < Panels::NV; ++v) {
-                    // The next panel's rows lie behind this one's, and are asked for in that order: sixteen rows at once are
-                    // more streams than a processor follows by itself.
-                    const float* rows_of_panel = operand.rows + panels.column(panel, v) * operand.stride;
-#pragma GCC unroll 16
-                    for (int i = 0; i < L; ++i)
-                        __builtin_prefetch(rows_of_panel + L * (operand.stride + k + i), 0, 2);
-                    vf block[L];
-                    load_transposed(rows_of_panel + k, operand.stride, block);
-#pragma GCC unroll 16
-                    for (int i = 0; i < L; ++i)
-#pragma GCC unroll 8
-                        for (int r = 0; r < R; ++r)
-                            sums.of[r][v] = splat(rows[r][k + i]) * block[i] + sums.of[r][v];
-                }
+            for (int v = 0; v < Panels::NV; ++v) {
+                const float* from = operand.rows + panels.column(panel, v) * operand.stride;
+                const float* next = operand.rows + panels.column(v + 1 < Panels::NV ? panel : panel + 1,
+                                                                 v + 1 < Panels::NV ? v + 1 : 0) * operand.stride;
+                multiply_turned<R, Panels::NV>(sums, v, rows, from, next, operand.stride, k);
+            }
+        }
     }
 #endif
     alignas(64) ElementOf<Number> buffer[piece * Panels::NV * L];
@@ -350,6 +384,18 @@ void product(const Panels& panels, Range range, const Operand<Number>& operand, 
                 }
             }
         });
+    }
+}
+
+// The same with an operand of which no panel is used again: each is packed into `buffer`, of one panel, and used at once
+// while it is near.
+template <class Number, class Panels>
+void product_passing(const Panels& panels, Range range, Operand<Number> operand, const float* bias,
+                     const ElementOf<Number>* const* rows, float* const* to, int64_t n, ElementOf<Number>* buffer) {
+    operand.packed = buffer;
+    for (operand.first = range.first; operand.first < range.last; ++operand.first) {
+        pack_rows<Number>(panels, operand.first, operand.rows, operand.stride, 0, operand.K, buffer);
+        product<Number>(panels, {operand.first, operand.first + 1}, operand, bias, rows, to, n);
     }
 }
 

@@ -49,7 +49,6 @@ struct Plan {
 };
 
 constexpr int64_t rows_for_units = 6;           // fewer rows than this for each thread: share by units
-constexpr int64_t rows_ahead = 128;             // inputs are multiplied for so many rows before these are gone through
 constexpr double flop_for_threads = 100e3;      // a step or call below it is not worth waking a thread for
 
 Plan make_plan(const Extent& extent, Cell cell, int directions, int threads) {
@@ -146,15 +145,30 @@ void pack_weights(bool backward, int64_t I, int64_t H, const Weights& w, std::by
 
 // What a tile's last act reads and writes: the rows of one step. Entry i of each array is of the i-th active row.
 template <class Number>
-struct StepRows {
-    Vector<const ElementOf<Number>*> operand;  // h before, as an operand
-    Vector<const float*> projected;            // [G*H] what the input contributes
-    Vector<const float*> h_before, c_before;   // [H]
-    Vector<float*> h, c, tape;                 // [H] [H] [4H] or null
-    Vector<ElementOf<Number>*> operand_after;  // [H] h as an operand for the next step; null: h itself is
+class StepRows {
+    static constexpr size_t lists = 8;
+    Vector<std::byte> memory_;  // of all of them: one allocation, where a step is a few microseconds
 
-    explicit StepRows(size_t n)
-        : operand(n), projected(n), h_before(n), c_before(n), h(n), c(n), tape(n), operand_after(n) {}
+    template <class T>
+    T* list(size_t number) {
+        static_assert(sizeof(T) == sizeof(void*));
+        return reinterpret_cast<T*>(memory_.data()) + number * (memory_.size() / lists / sizeof(T));
+    }
+
+public:
+    explicit StepRows(size_t n) : memory_(n * lists * sizeof(void*)) {}
+    StepRows(const StepRows&) = delete;
+    StepRows& operator=(const StepRows&) = delete;
+
+    const ElementOf<Number>** const operand = list<const ElementOf<Number>*>(0);  // h before, as an operand
+    const float** const projected = list<const float*>(1);                        // [G*H] what the input contributes
+    const float** const h_before = list<const float*>(2);                         // [H]
+    const float** const c_before = list<const float*>(3);                         // [H]
+    float** const h = list<float*>(4);                                            // [H]
+    float** const c = list<float*>(5);                                            // [H]
+    float** const tape = list<float*>(6);                                         // [4H] or null
+    // [H] h as an operand for the next step; null: h itself is
+    ElementOf<Number>** const operand_after = list<ElementOf<Number>*>(7);
 };
 
 template <class Number, Cell C, int R, int NV>
@@ -230,15 +244,30 @@ void step_panels(const Operand<Number>& recurrent, const float* bias, int64_t H,
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) sums.of[r][v] = start;
             }
-            multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand.data() + first);
+            multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand + first);
             finish_tile<Number, C, R, NV>(sums, panels, p, H, rows, first);
         });
     }
 }
 
+constexpr int64_t rows_at_hand = 128;  // rows of inputs that are multiplied at once
+
+int64_t steps_at_hand(int64_t T, int64_t rows) {
+    return std::clamp<int64_t>(rows_at_hand / std::max<int64_t>(rows, 1), 1, std::max<int64_t>(T, 1));
+}
+
+// What the threads of one call have in common, per direction.
+struct Shared {
+    // Packed for this call alone. input null: packed panel by panel on the way.
+    const std::byte *input = nullptr, *recurrent = nullptr;
+    // If they share by units: h as operands, c, and what the inputs contribute. Threads that each ask for memory of their
+    // own wait for one another, which for a single step takes longer than the arithmetic.
+    Scratch operands, cells, projected;
+};
+
 template <class Number, Cell C>
 void forward_direction(const Forward& f, int d, const Plan& plan, int index, int count, Barrier& barrier,
-                       ElementOf<Number>* shared_operands, float* shared_c) {
+                       const Shared& shared) {
     using Element = ElementOf<Number>;
     using Panels = typename PanelsOf<C>::type;
     constexpr int G = gates(C);
@@ -259,16 +288,26 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
         if (!lookup) input.packed = reinterpret_cast<const Element*>(f.packed[d]);
         recurrent.packed = reinterpret_cast<const Element*>(
             f.packed[d] + (lookup ? 0 : packed_input_size<Number, C>(I, H)));
+    } else {
+        input.packed = reinterpret_cast<const Element*>(shared.input);
+        recurrent.packed = reinterpret_cast<const Element*>(shared.recurrent);
     }
+    const bool passing = !lookup && input.packed == nullptr && recurrent.packed != nullptr;
+    Scratch passing_block;
+    if (passing)
+        passing_block = Scratch(static_cast<size_t>(panel_elements<Number, Panels>(I)) * sizeof(Element));
 
     // Operands [2][n][K]: h of the step before and of this one, in turn; a row of zeros for resets.
     const int64_t K = padded<Number>(H);
-    Scratch zero_block(static_cast<size_t>(K) * 4);
-    std::memset(zero_block.data(), 0, static_cast<size_t>(K) * 4);
+    Scratch zero_block;
+    if (reset != nullptr) {
+        zero_block = Scratch(static_cast<size_t>(K) * 4);
+        std::memset(zero_block.data(), 0, static_cast<size_t>(K) * 4);
+    }
     const float* const zero = zero_block.as<float>();
     const Element* const zero_operand = zero_block.as<Element>();
     Scratch operand_block;
-    Element* operands = shared_operands;
+    Element* operands = shared.operands.template as<Element>();
     if constexpr (rounds<Number>) {
         if (!plan.by_units) {
             operand_block = Scratch(static_cast<size_t>(2 * std::max<int64_t>(n, 1) * K) * sizeof(Element));
@@ -284,7 +323,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
     }
     // Inference keeps one c for each row.
     Scratch c_block;
-    float* cells = shared_c;
+    float* cells = shared.cells.template as<float>();
     const bool keep_c = C == Cell::lstm && f.c[d] == nullptr;
     if (keep_c) {
         if (!plan.by_units) {
@@ -295,24 +334,27 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
 
     // The products with the inputs, for as many steps at once as make them large while what they write stays near; of all
     // threads together, for the budget of `fused.costs` holds whatever their number.
-    const int64_t ahead =
-        lookup ? T : std::clamp<int64_t>(rows_ahead / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
+    const int64_t ahead = lookup ? T : steps_at_hand(T, B);
     const bool in_place = f.tape[d] != nullptr || C == Cell::rnn || C == Cell::rnn_relu;
     Scratch projected_block, x_block;
-    if (!lookup && !in_place) projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
+    float* projected = shared.projected.template as<float>();
+    if (!lookup && !in_place && !plan.by_units) {
+        projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
+        projected = projected_block.as<float>();
+    }
     const int64_t KI = padded<Number>(I);
     if (!lookup && rounds<Number>) x_block = Scratch(static_cast<size_t>(ahead * n * KI) * sizeof(Element));
     const auto projected_row = [&](int64_t t, int64_t i, int64_t s) -> float* {
         const int64_t at = t * B + rows[i];
         if constexpr (C == Cell::rnn || C == Cell::rnn_relu) return outputs + at * stride;
         if (in_place) return f.tape[d] + at * tape_gates(C) * H;
-        return projected_block.as<float>() + (s * n + i) * G * H;
+        return projected + (s * n + i) * G * H;
     };
     Vector<const Element*> x_rows;
     Vector<float*> x_to;
 
     StepRows<Number> step(static_cast<size_t>(n));
-    if (plan.by_units) barrier.wait(count);
+    if (rounds<Number> && plan.by_units) barrier.wait(index, count);  // for the operands
     for (int64_t s0 = 0; s0 < T; s0 += ahead) {
         const int64_t s1 = std::min(s0 + ahead, T);
         if (!lookup) {
@@ -333,8 +375,11 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                     x_to.push_back(projected_row(t, i, s - s0));
                 }
             }
-            product<Number>(panels, range, input, w.bias_ih, x_rows.data(), x_to.data(),
-                            static_cast<int64_t>(x_rows.size()));
+            const auto x_count = static_cast<int64_t>(x_rows.size());
+            if (passing)
+                product_passing<Number>(panels, range, input, w.bias_ih, x_rows.data(), x_to.data(), x_count,
+                                        passing_block.as<Element>());
+            else product<Number>(panels, range, input, w.bias_ih, x_rows.data(), x_to.data(), x_count);
         }
         for (int64_t s = s0; s < s1; ++s) {
             const int64_t t = reverse ? T - 1 - s : s;
@@ -368,50 +413,54 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                 }
             }
             step_panels<Number, C>(recurrent, w.bias_hh, H, range, (s & 1) != 0, step, m);
-            if (plan.by_units) barrier.wait(count);
+            if (plan.by_units && s + 1 < T) barrier.wait(index, count);
         }
     }
 
-    // The final states, and zeros at padding.
-    if (plan.by_units && index != 0) return;
+    // The final states, and zeros at padding: of this thread's units.
+    const int64_t first = panels.column(range.first, 0), last_unit = std::min(panels.column(range.last, 0), H);
+    if (first >= last_unit) return;
+    const size_t bytes = static_cast<size_t>(last_unit - first) * 4;
     for (int64_t i = 0; i < n; ++i) {
         const int64_t row = rows[i], length = plan.length(row);
-        const int64_t last = reverse ? 0 : length - 1;
-        const size_t bytes = static_cast<size_t>(H) * 4;
-        std::memcpy(f.h_n[d] + row * H, length > 0 ? outputs + (last * B + row) * stride : f.h0[d] + row * H, bytes);
+        const int64_t last = reverse ? 0 : length - 1, at = row * H + first;
+        std::memcpy(f.h_n[d] + at, length > 0 ? outputs + (last * B + row) * stride + first : f.h0[d] + at, bytes);
         if constexpr (C == Cell::lstm) {
             const float* c = length == 0 ? f.c0[d] + row * H : keep_c ? cells + i * H : f.c[d] + (last * B + row) * H;
-            std::memcpy(f.c_n[d] + row * H, c, bytes);
+            std::memcpy(f.c_n[d] + at, c + first, bytes);
         }
-        for (int64_t t = length; t < T; ++t) std::memset(outputs + (t * B + row) * stride, 0, bytes);
+        for (int64_t t = length; t < T; ++t) std::memset(outputs + (t * B + row) * stride + first, 0, bytes);
     }
 }
 
 // Packs the weights for one call where that pays: with few rows in all, each weight is used so seldom that it is packed
-// on the way.
+// on the way. So is W_ih where each of its panels is used once, for the rows of all steps.
 template <class Number, Cell C>
 void forward_layer(const Forward& given, int threads) {
     Forward f = given;
     const Extent& e = f.extent;
     const Plan plan = make_plan(e, C, f.directions, threads);
     const bool lookup = f.inputs.ids != nullptr;
+    const bool once = (plan.by_units || plan.threads == 1) && e.T * e.B <= rows_at_hand;
     Scratch packs[2];
-    for (int d = 0; d < f.directions; ++d)
+    Shared shared[2];
+    Barrier barriers[2];
+    const int64_t K = padded<Number>(e.H);
+    for (int d = 0; d < f.directions; ++d) {
         if (f.packed[d] == nullptr && e.T * e.B > rows_packed_on_the_way) {
-            const int64_t I = lookup ? 0 : e.I;
+            const int64_t I = lookup || once ? 0 : e.I;
             packs[d] = Scratch(packed_size_of<Number, C>(false, I, e.H));
             pack_weights<Number, C>(false, I, e.H, f.weights[d], packs[d].data(), plan.threads);
-            f.packed[d] = packs[d].data();
+            if (I > 0) shared[d].input = packs[d].data();
+            shared[d].recurrent = packs[d].data() + packed_input_size<Number, C>(I, e.H);
         }
-    // What threads that share by units have in common, per direction.
-    const int64_t K = padded<Number>(e.H);
-    Scratch operands[2], cells[2];
-    Barrier barriers[2];
-    if (plan.by_units)
-        for (int d = 0; d < f.directions; ++d) {
-            operands[d] = Scratch(static_cast<size_t>(2 * e.B * K) * sizeof(ElementOf<Number>));
-            cells[d] = Scratch(static_cast<size_t>(e.B * e.H) * 4);
-        }
+        if (!plan.by_units) continue;
+        if (rounds<Number>) shared[d].operands = Scratch(static_cast<size_t>(2 * e.B * K) * sizeof(ElementOf<Number>));
+        if (C == Cell::lstm && f.c[d] == nullptr) shared[d].cells = Scratch(static_cast<size_t>(e.B * e.H) * 4);
+        const bool in_place = f.tape[d] != nullptr || C == Cell::rnn || C == Cell::rnn_relu;
+        if (!lookup && !in_place)
+            shared[d].projected = Scratch(static_cast<size_t>(steps_at_hand(e.T, e.B) * e.B * gates(C) * e.H) * 4);
+    }
     parallel(plan.threads, [&](int index, int count) {
         NoDenormals mode;
         int first = 0, last = f.directions;
@@ -423,8 +472,7 @@ void forward_layer(const Forward& given, int threads) {
             index %= count;
         }
         for (int d = first; d < last; ++d)
-            forward_direction<Number, C>(f, d, plan, index, count, barriers[d], operands[d].as<ElementOf<Number>>(),
-                                         cells[d].as<float>());
+            forward_direction<Number, C>(f, d, plan, index, count, barriers[d], shared[d]);
     });
 }
 

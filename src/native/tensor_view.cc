@@ -63,6 +63,9 @@ const DlExchange* exchange_of(PyTypeObject* type) {
     return table;
 }
 
+int code_of(Kind kind) { return kind == Kind::int64 ? code_int : kind == Kind::boolean ? code_bool : code_float; }
+int bits_of(Kind kind) { return kind == Kind::float32 ? 32 : kind == Kind::boolean ? 8 : 64; }
+
 std::string kind_name(Kind kind) {
     switch (kind) {
         case Kind::float32: return "float32";
@@ -115,6 +118,13 @@ TensorView TensorView::part(int64_t index) const {
     return view;
 }
 
+TensorView TensorView::transposed() const {
+    TensorView view = *this;
+    std::swap(view.shape_[0], view.shape_[1]);
+    std::swap(view.strides_[0], view.strides_[1]);
+    return view;
+}
+
 void TensorView::read_exchange(const void* pointer) {
     const DlTensor& tensor = *static_cast<const DlTensor*>(pointer);
     if (tensor.ndim > most_dimensions) refuse("at most 4 dimensions", std::to_string(tensor.ndim));
@@ -142,11 +152,31 @@ void TensorView::refuse(const std::string& expected, const std::string& got) con
     throw nb::value_error((std::string(name_) + ": expected " + expected + ", got " + got).c_str());
 }
 
+bool TensorView::is(Kind kind, std::initializer_list<int64_t> shape) const {
+    if (!given_ || code_ != code_of(kind) || bits_ != bits_of(kind) || lanes_ != 1 || device_ != cpu) return false;
+    if (static_cast<int>(shape.size()) != dimensions_) return false;
+    int64_t numbers = 1;
+    for (int i = 0; i < dimensions_; ++i) {
+        if (shape.begin()[i] >= 0 && shape.begin()[i] != shape_[i]) return false;
+        numbers *= shape_[i];
+    }
+    return numbers == 0 || data_ != nullptr;
+}
+
+bool TensorView::is_contiguous() const {
+    int64_t dense = 1;
+    for (int i = dimensions_ - 1; i >= 0; --i) {
+        if (shape_[i] == 0) return true;
+        if (shape_[i] != 1 && strides_[i] != dense) return false;
+        dense *= shape_[i];
+    }
+    return true;
+}
+
 const TensorView& TensorView::expect(Kind kind, std::initializer_list<int64_t> shape) const {
     if (!given_) refuse("a tensor", "None");
-    const int code = kind == Kind::int64 ? code_int : kind == Kind::boolean ? code_bool : code_float;
-    const int bits = kind == Kind::float32 ? 32 : kind == Kind::boolean ? 8 : 64;
-    if (code_ != code || bits_ != bits || lanes_ != 1)
+    if (is(kind, shape)) return *this;
+    if (code_ != code_of(kind) || bits_ != bits_of(kind) || lanes_ != 1)
         refuse(kind_name(kind), "another type (DLPack code " + std::to_string(code_) + ", " + std::to_string(bits_) + " bits)");
     if (device_ != cpu) refuse("a tensor on the CPU", "one on device type " + std::to_string(device_));
     bool fits = static_cast<int>(shape.size()) == dimensions_;
@@ -157,19 +187,11 @@ const TensorView& TensorView::expect(Kind kind, std::initializer_list<int64_t> s
             wanted += (i ? ", " : "") + (shape.begin()[i] < 0 ? std::string("any") : std::to_string(shape.begin()[i]));
         refuse("shape " + wanted + "]", shape_text());
     }
-    int64_t numbers = 1;
-    for (int i = 0; i < dimensions_; ++i) numbers *= shape_[i];
-    if (numbers > 0 && data_ == nullptr) refuse("a tensor with memory", "one without (a fake or meta tensor)");
-    return *this;
+    refuse("a tensor with memory", "one without (a fake or meta tensor)");
 }
 
 const TensorView& TensorView::expect_contiguous() const {
-    int64_t dense = 1;
-    for (int i = dimensions_ - 1; i >= 0; --i) {
-        if (shape_[i] == 0) return *this;
-        if (shape_[i] != 1 && strides_[i] != dense) refuse("a contiguous tensor", "strides that leave gaps");
-        dense *= shape_[i];
-    }
+    if (!is_contiguous()) refuse("a contiguous tensor", "strides that leave gaps");
     return *this;
 }
 

@@ -33,6 +33,11 @@ public:
 
     // Entry `index` of the first dimension; nothing where there is no tensor. Check the shape first.
     TensorView part(int64_t index) const;
+    // The first two dimensions the other way round. Check that there are two.
+    TensorView transposed() const;
+    // Whether `expect` and `expect_contiguous` would let it pass.
+    bool is(Kind kind, std::initializer_list<int64_t> shape) const;
+    bool is_contiguous() const;
 
     // Raise ValueError unless the tensor is of this kind and shape (-1: any size) and on the CPU.
     const TensorView& expect(Kind kind, std::initializer_list<int64_t> shape) const;

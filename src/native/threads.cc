@@ -166,15 +166,11 @@ std::string describe_threads() {
     return forked ? "own (this process was forked)" : "own";
 }
 
-void Barrier::wait(int count) {
-    if (count == 1) return;
-    const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-        arrived_.store(0, std::memory_order_relaxed);
-        round_.store(round + 1, std::memory_order_release);
-        return;
-    }
-    for (int spin = 0; round_.load(std::memory_order_acquire) == round; ++spin) {
+namespace {
+
+template <class Met>
+void spin_until(Met met) {
+    for (int spin = 0; !met(); ++spin) {
         if (spin < 4000) {
 #if defined(__x86_64__)
             _mm_pause();
@@ -183,6 +179,27 @@ void Barrier::wait(int count) {
             std::this_thread::yield();
         }
     }
+}
+
+}  // namespace
+
+void Barrier::wait(int count) {
+    if (count == 1) return;
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+        arrived_.store(0, std::memory_order_relaxed);
+        round_.store(round + 1, std::memory_order_release);
+        return;
+    }
+    spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
+}
+
+void Barrier::wait(int index, int count) {
+    if (count != 2) return wait(count);
+    const uint32_t round = marks_[index].round.load(std::memory_order_relaxed) + 1;
+    marks_[index].round.store(round, std::memory_order_release);
+    // The other one may be at the next meeting already, and no further.
+    spin_until([&] { return static_cast<int32_t>(marks_[1 - index].round.load(std::memory_order_acquire) - round) >= 0; });
 }
 
 }  // namespace unrolled

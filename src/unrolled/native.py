@@ -49,8 +49,8 @@ __all__ = [
     "Layer",
     "Writer",
     "backward_into",
+    "call",
     "cross_entropy",
-    "direct",
     "forward_into",
     "freeze",
     "instruction_sets",
@@ -64,7 +64,6 @@ __all__ = [
     "scratch_held",
     "set_block_steps",
     "set_reference",
-    "stack",
     "threads",
     "unsuited",
     "why_absent",
@@ -160,17 +159,6 @@ def unsuited(weight: Tensor, name: str | None = None) -> str | None:
 
 def _bf16() -> bool:
     return torch.is_autocast_enabled("cpu")
-
-
-def direct(weights: Sequence[Tensor]) -> bool:
-    """Whether a call with these weights may go to the kernels without an operator's detour. Cheap, for single steps."""
-    if _native is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return False
-    return all(w.is_cpu and w.dtype is torch.float32 and w.is_contiguous() for w in weights)
 
 
 def plain() -> bool:
@@ -305,48 +293,18 @@ def _arguments(d: Direction, looked_up: bool) -> tuple[Tensor | None, ...]:
     )
 
 
-def stack(
-    name: str,
-    x: Float[Tensor, "T B I"],
-    weights: Sequence[Tensor],
-    h0: Float[Tensor, "layers*D B H"],
-    c0: Float[Tensor, "layers*D B H"] | None,
-    bias: bool,
-    both: bool,
-    frozen: Sequence[Frozen] | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A stack of layers on a dense batch without autograd, called directly: outputs `[T B D*H]`, last h and c.
+def call(layer: torch.nn.Module, x: Any, hx: Any) -> tuple[Tensor, Any] | None:
+    """What a drop-in layer's own call returns, for a dense float32 batch whose gradient nobody asks for; None where
+    that does not hold, or something is wrong: the caller must see to it. Not while a graph is traced.
 
-    weights: in the order of torch.nn's layers, two or four (`bias`) for each direction (two if `both`).
+    The layer is asked for its weights, by name, as they are now. In C++: one step of one row is a few microseconds of
+    arithmetic, and in Python each look at a tensor takes as long as a thousand multiplications.
     """
-    bf16 = torch.is_autocast_enabled("cpu")
-    steps, batch, width = x.shape
-    if x.stride(2) != 1 and width != 1:
-        x = x.contiguous()
-    x, h0 = x.resolve_neg(), h0.resolve_neg().contiguous()
-    h = torch.empty_like(h0)
-    c = None if c0 is None else torch.empty_like(h0)
-    outputs = _new(steps, batch, h0.shape[2] * (2 if both else 1))
-    packs: list[Any] = []
-    if frozen is not None and frozen[0].bf16 == bf16:
-        packs = [pack for layer in frozen for pack in layer.packs]
-        weights = [t for layer in frozen for ways in layer.directions for t in ways[: 4 if bias else 2]]  # type: ignore[misc]
-    _native.stack(
-        CELLS[name],
-        bf16,
-        both,
-        bias,
-        x,
-        weights,
-        h0,
-        None if c0 is None else c0.resolve_neg().contiguous(),
-        outputs,
-        h,
-        c,
-        packs,
-        torch.get_num_threads(),
-    )
-    return outputs, h, c
+    return None
+
+
+if _native is not None:
+    call = _native.call
 
 
 def forward_into(

@@ -396,8 +396,8 @@ class _DropIn(torch.nn.RNNBase):
         Raises:
             ShapeError: a tensor of another shape or type than these.
         """
-        if lengths is None and reset is None:
-            found = self._short_way(input, hx)
+        if lengths is None and reset is None and not torch.compiler.is_compiling():
+            found = native.call(self, input, hx)
             if found is not None:
                 return found
         if not isinstance(input, Tensor | PackedSequence):
@@ -436,45 +436,6 @@ class _DropIn(torch.nn.RNNBase):
         if single:
             return out.squeeze(1), _map_pair(lambda t: t.squeeze(1), final)
         return (out.transpose(0, 1) if self.batch_first else out), final
-
-    def _short_way(self, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
-        """What `forward` returns, by the shortest way to the kernels, for a dense float32 batch whose gradient nobody
-        asks for; None where that does not hold, or something is wrong, and the long way must see to it.
-
-        One step of one row is some ten microseconds of arithmetic: every look at a tensor counts.
-        """
-        # By name, as they are now: what torch keeps flat is another's where weights are swapped for a call.
-        weights = [getattr(self, name) for name in self._flat_weights_names]
-        grad = torch.is_grad_enabled()
-        if (
-            type(input) is not Tensor
-            or input.dim() != 3
-            or input.dtype is not torch.float32
-            or input.shape[2] != self.input_size
-            or self.backend not in ("auto", "native")
-            or (self.training and (self.dropout or self.recurrent_dropout))
-            or (grad and (input.requires_grad or any(w.requires_grad for w in weights)))
-            or not native.direct(weights)
-        ):
-            return None
-        lstm = self.mode == "LSTM"
-        x = input.transpose(0, 1) if self.batch_first else input
-        shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
-        if hx is None:
-            h0 = torch.zeros(shape, dtype=torch.float32, device="cpu")
-            c0 = h0 if lstm else None
-        else:
-            h0, c0 = hx if lstm and type(hx) is tuple and len(hx) == 2 else (hx, None)
-            for field in (h0, c0) if lstm else (h0,):
-                if (
-                    type(field) is not Tensor
-                    or field.shape != shape
-                    or field.dtype is not torch.float32
-                    or (grad and field.requires_grad)
-                ):
-                    return None
-        out, h, c = native.stack(_NAMES[self.mode], x, weights, h0, c0, self.bias, self.bidirectional, self._frozen)
-        return (out.transpose(0, 1) if self.batch_first else out), ((h, c) if lstm else h)
 
     def _drops(self) -> bool:
         return self.training and (self.recurrent_dropout > 0 or (self.locked and self.dropout > 0))
