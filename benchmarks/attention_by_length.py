@@ -444,8 +444,8 @@ def heat_maps(results: dict[str, Any], path: Path) -> None:
     """A panel a sentence, a row a word that is written."""
     plt = _pyplot()
     shown = [(name, sentence) for name, pair in results["pairs"].items() if name in SHOWN for sentence in pair["shown"]]
-    rows = -(-len(shown) // 3)
-    figure, panels = plt.subplots(rows, 3, figsize=(13, 4.5 * rows), layout="constrained", squeeze=False)
+    rows = -(-len(shown) // 4)
+    figure, panels = plt.subplots(rows, 4, figsize=(16, 4.5 * rows), layout="constrained", squeeze=False)
     for number, (axes, (name, sentence)) in enumerate(zip(panels.flat, shown, strict=False), 1):
         source, target = (sentence[end].split() for end in PAIRS[name]["ends"])
         weights = sentence["looks"]["dot"]["attention"]
