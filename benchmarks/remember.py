@@ -8,9 +8,10 @@ steps after the first, a question mark: which key was it? Guessing is right in o
 when it is right on 95 % of 512 sequences that it was not trained on; it is asked every 50 updates and stopped as soon
 as it has, or after 1,000 updates. Everything else is the same in all runs: see `SIZES`.
 
-1. Cells and how their weights start, for k of 5 to 500, three seeds each.
-2. The same without clipping; and a vanilla RNN whose gradient explodes, by plain gradient descent, with and without.
-3. Truncated BPTT with windows of 30 steps in place of full BPTT.
+1. Cells and how their weights start, for k of 5 to 500, three seeds each (from `dear` on one, if it does not learn).
+2. For k up to `near`: the same without clipping; and a vanilla RNN whose gradient explodes, by plain gradient descent,
+   with clipping and without.
+3. Likewise: truncated BPTT with windows of 30 steps in place of full BPTT.
 4. The norm of dL/dh_t, t = k, k-1, ..., 0, before and after training, and how far one step's Jacobian stretches.
 
 Writes benchmarks/results/remember.json, the tables in docs/vanishing-gradients.md and its Korean version, and two plots
