@@ -175,12 +175,14 @@ def costs(
         fixed += operand * ((n + batch) * (columns + 16) + n * (panels(width) + panels(hidden)))
         fixed += 4 * cast * n * (columns + 16)
         fixed += 4 * ahead * gates * hidden + operand * cast * ahead * (width + 2 * hidden + 64)
-    fixed += 4 * (kept_h * rows * hidden + 4 * batch * hidden + 4 * state + 256 * 96)
+    fixed += 4 * (kept_h * rows * hidden + 4 * batch * hidden + 4 * state)
+    # Of each thread: a piece of D turned, and a few blocks that are smaller than the page that each of them takes.
+    fixed += torch.get_num_threads() * (4 * 256 * 96 + 8 * 4096)
     if isinstance(inputs, Lookup):
         symbols = cell.input_size if inputs.table is None else inputs.table.shape[0]
         fixed += 4 * (3 * gates * hidden * symbols if looked_up else 2 * steps * batch * width)
     fixed += 4 * 8 * batch + 48 * rows  # lengths of a block, places of its rows and pointers to them
-    return Costs(-(-steps // size), state * 4, tape * 4, fixed + 128 * 1024)
+    return Costs(-(-steps // size), state * 4, tape * 4, fixed + 64 * 1024)
 
 
 def _budgeted(
