@@ -18,7 +18,7 @@ __all__ = ["run"]
 
 _SETTINGS: dict[str, Any] = {
     "cell": "lstm", "hidden": 256, "layers": 1, "dropout": 0.1, "window": 64, "batch_size": 32, "lr": 4e-3,
-    "average": 0.99, "epochs": 4,
+    "average": 0.99, "epochs": 9,
 }  # fmt: skip
 _SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 160, "epochs": 2}
 
