@@ -486,6 +486,16 @@ def test_a_training_killed_before_its_first_checkpoint_begins_anew(corpus: Path,
     assert_same(tmp_path / "m", Final(tmp_path / "whole"))
 
 
+def test_what_a_kill_after_the_last_checkpoint_left_is_cleared(corpus: Path, tmp_path: Path) -> None:
+    """While the report was written, say: nothing is left to be trained."""
+    train(corpus, tmp_path / "m", **QUICK)
+    done = Final(tmp_path / "m")
+    (tmp_path / "m" / ".tmp-unrolled-0123456789abcdef").write_text("half a page")
+    (tmp_path / "m" / "checkpoints" / ".tmp-unrolled-0123456789abcdef").mkdir()
+    train(corpus, tmp_path / "m", resume=True)
+    assert_same(tmp_path / "m", done)
+
+
 def test_the_model_that_was_started_from_may_be_gone_at_resume(corpus: Path, tmp_path: Path) -> None:
     train(corpus, tmp_path / "source", **QUICK)
     settings = {**QUICK, "init_from": str(tmp_path / "source")}

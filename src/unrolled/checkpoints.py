@@ -232,7 +232,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: set[int]) -> No
 
 
 def prune_checkpoints(folder: Path, keep: set[int]) -> None:
-    """Delete all checkpoints but those of the steps in `keep`."""
+    """Delete all checkpoints but those of the steps in `keep`, and what killed processes left."""
+    storage.remove_leftovers(folder / _CHECKPOINTS)
+    storage.remove_leftovers(folder)
     for step in checkpoint_steps(folder):
         if step not in keep:
             shutil.rmtree(folder / _CHECKPOINTS / f"{step:010}", ignore_errors=True)
