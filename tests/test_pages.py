@@ -19,11 +19,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from samples import small_model
 from test_lecture_notes import differ
 from typer.testing import CliRunner
 
+from unrolled.checkpoints import save
 from unrolled.cli import app
 from unrolled.config import resolve
+from unrolled.trace import record
+from unrolled.training import train
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
@@ -220,3 +224,32 @@ def test_long_sentences_take_attention_and_it_finds_the_other_order(
     (shown,) = found["shown"]
     words = len(shown["here"].split())
     assert shown["looks"]["dot"]["pharaoh"] == " ".join(f"{s}-{words - 1 - s}" for s in range(words))
+
+
+# -------------------------------------------------------------------------------------------- looking inside
+
+
+def test_the_page_on_looking_inside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Its Python, on small models of the kinds that it names; in both languages the same."""
+    text = "Zwei junge Männer spielen Fußball."
+    train([{"text": text, "target": "Two men"}] * 4, tmp_path / "translator", input="text:text", output="text:target",
+          hidden=8, layers=1, embedding=4, epochs=1, unit="word")  # fmt: skip
+    play = "To be, or not to be, that is the question. " * 60
+    save(small_model(text=play, dtype=torch.float32, layers=2), tmp_path / "shakespeare")
+    (tmp_path / "play.txt").write_text(play, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    shown: list[Any] = []
+    monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda self, **settings: shown.append(self))
+    record_one = record(small_model(text=play, dtype=torch.float32), play[:30], gradient=True, at=-1)
+    names: dict[str, Any] = {"one_trace": record_one, "another": record_one}
+    blocks = [
+        re.findall(r"^```python\n(.*?)^```$", read("inspect", k), re.MULTILINE | re.DOTALL) for k in (False, True)
+    ]
+    code = [[re.sub(r" +#.*", "", block) for block in page] for page in blocks]
+    assert len(code[0]) == 2
+    assert code[0] == code[1]
+    for block in code[0]:
+        exec(compile(block, "docs/inspect.md", "exec"), names)
+    assert len(shown) == 1
+    assert names["trace"].attention.shape[1] == len(names["trace"].read)
+    assert len(names["seen"]) == len(play)
