@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bptt import replace_between
+from bptt import replace_between, save_plot
 from machine import describe, examine
 
 import unrolled
@@ -437,7 +437,7 @@ def plot_lengths(results: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    save(figure, path)
+    save_plot(figure, path)
 
 
 def heat_maps(results: dict[str, Any], path: Path) -> None:
@@ -461,13 +461,7 @@ def heat_maps(results: dict[str, Any], path: Path) -> None:
                     axes.text(s, u, f"{weight:.1f}", ha="center", va="center", color=color, fontsize=8)
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    print(f"written: {path}")
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":

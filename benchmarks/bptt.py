@@ -346,6 +346,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     left.legend(frameon=False, fontsize=10)
+    save_plot(figure, path)
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Without its date, so that the same figures give the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     print(f"written: {path}")

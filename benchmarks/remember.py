@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bptt import replace_between
+from bptt import replace_between, save_plot
 from machine import describe, examine
 from torch import Tensor, nn
 
@@ -416,7 +416,7 @@ def plot_grid(results: dict[str, Any], path: Path) -> None:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("k: how many steps back the symbol stands")
     figure.colorbar(image, label="right on new sequences (0.25: guessing)", fraction=0.03, pad=0.02)
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def plot_flow(results: dict[str, Any], path: Path) -> None:
@@ -436,13 +436,7 @@ def plot_flow(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     panels[0].set_ylabel("norm of dL/dh, as a share of the last step's")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    print(f"written: {path}")
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":
