@@ -20,6 +20,7 @@ from unrolled.kinds import video as video_module
 from unrolled.kinds.contract import INPUTS
 from unrolled.kinds.image import ImageReader, fit
 from unrolled.kinds.label import Label, Labels
+from unrolled.kinds.number import Scale
 from unrolled.kinds.video import Video, frame_times
 
 CONFIG = config_of("input.kind=video", "output.kind=label", "input.size=16", "input.features=24")
@@ -259,7 +260,7 @@ def test_the_direction_of_a_movement_is_learnt() -> None:
 def test_each_frame_has_its_label() -> None:
     torch.manual_seed(0)
     config = config_of("input.kind=video", "output.kind=labels", "input.size=16", "input.features=24")
-    model = Small(config, _Ready(16, untrained().scale), Labels.learn(["dark", "light"], config))
+    model = Small(config, _Ready(16, Scale([100.0] * 3, [60.0] * 3)), Labels.learn(["dark", "light"], config))
     draw = np.random.default_rng(5)
 
     def film(length: int) -> tuple[Any, list[str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -167,48 +168,64 @@ def fit(pixels: Pixels, size: int) -> Pixels:
     return fitted
 
 
+class _Changes(NamedTuple):
+    """What is changed in N pictures. places: where in the picture what is seen at a place is taken from (see
+    `torch.nn.functional.affine_grid`); colours: each as a mixture of all; brightness: what is added to them."""
+
+    places: Float[Tensor, "N 2 3"]
+    colours: Float[Tensor, "N 3 3"]
+    brightness: Float[Tensor, "N"]
+
+    def repeat(self, times: int) -> _Changes:
+        """The same for several pictures of each row, [times N] in line."""
+        return _Changes(*(t.repeat(times, *[1] * (t.dim() - 1)) for t in self))
+
+    def part(self, some: slice) -> _Changes:
+        return _Changes(*(t[some] for t in self))
+
+
 class _Scaling(nn.Module):
-    """Bytes -> scaled colours, and while training the small changes that leave a picture what it is: moved by up to 3
-    pixels, its edges repeated; contrast and brightness changed by up to a tenth. One change a row of the batch, the
-    same for all frames of a film."""
+    """Bytes -> scaled colours, and while training the changes that leave a picture what it is: turned by up to 15
+    degrees, larger or smaller by up to a fifth, moved by up to a sixteenth of its side, its edges repeated; colours
+    mixed, contrast and brightness changed by up to a fifth. One change a row of the batch, the same for all frames of a
+    film."""
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, size: int, scale: Scale) -> None:
+    def __init__(self, scale: Scale) -> None:
         super().__init__()
-        self.reach = min(3, size // 16)  # of a tiny picture 3 pixels are much
         for name in ("mean", "deviation"):
             # Kept in the model's JSON, so not among its weights too.
             self.register_buffer(name, torch.tensor(getattr(scale, name), dtype=torch.float32), persistent=False)
 
-    def draw(self, rows: int) -> Tensor | None:
-        """A change for each of `rows`, [rows 4]: down, right, contrast, brightness; None where nothing is changed."""
+    def draw(self, rows: int) -> _Changes | None:
+        """A change for each of `rows`; None where nothing is changed."""
         if not self.training:
             return None
-        changes = torch.rand(rows, 4, device=self.mean.device) * 2 - 1
-        changes[:, :2] = (changes[:, :2] * (self.reach + 0.5)).round().clamp(-self.reach, self.reach)
-        changes[:, 2:] *= 0.1
-        return changes
+        a = torch.rand(rows, 7 + 9, device=self.mean.device) * 2 - 1
+        angle, larger = a[:, 0] * math.radians(15), 1 + a[:, 1] * 0.2
+        cos, sin = torch.cos(angle) / larger, torch.sin(angle) / larger
+        wider, (right, down) = 1 + a[:, 2] * 0.1, (a[:, 3:5] / 8).unbind(1)  # a picture's side is 2, from -1 to 1
+        places = torch.stack([cos * wider, -sin * wider, right, sin, cos, down], dim=1).view(rows, 2, 3)
+        mixed = torch.eye(3, device=a.device) + 0.15 * a[:, 7:].view(rows, 3, 3)
+        return _Changes(places, mixed * (1 + 0.2 * a[:, 5, None, None]), 0.2 * a[:, 6])
 
-    def forward(self, pixels: UInt8[Tensor, "N h w 3"], changes: Float[Tensor, "N 4"] | None) -> Tensor:
-        """[N 3 h w]"""
-        if changes is not None:
-            h, w = pixels.shape[1:3]
-            down, right = changes[:, :2].long().unbind(1)
-            y = (torch.arange(h, device=pixels.device) - down[:, None]).clamp(0, h - 1)
-            x = (torch.arange(w, device=pixels.device) - right[:, None]).clamp(0, w - 1)
-            pixels = pixels[torch.arange(len(pixels), device=pixels.device)[:, None, None], y[:, :, None], x[:, None]]
-        scaled = (pixels.to(self.mean.dtype) - self.mean) / self.deviation
-        if changes is not None:
-            contrast, brightness = changes[:, 2:, None, None, None].to(scaled.dtype).unbind(1)
-            scaled = scaled * (1 + contrast) + brightness
-        return scaled.permute(0, 3, 1, 2)
+    def forward(self, pixels: UInt8[Tensor, "N h w 3"], changes: _Changes | None) -> Float[Tensor, "N 3 h w"]:
+        scaled = ((pixels.to(self.mean.dtype) - self.mean) / self.deviation).permute(0, 3, 1, 2)
+        if changes is None:
+            return scaled
+        places, colours, brightness = (t.to(scaled.dtype) for t in changes)
+        with torch.autocast(scaled.device.type, enabled=False):
+            grid = F.affine_grid(places, list(scaled.shape), align_corners=False)
+            moved = F.grid_sample(scaled, grid, padding_mode="border", align_corners=False)
+            return torch.einsum("nij,njhw->nihw", colours, moved) + brightness[:, None, None, None]
 
 
 class ImageReader(nn.Module):
-    """Pictures -> vectors: a small convolutional network, then a linear layer on each region, the mean of all regions,
-    and a norm: a core's gates would soon be saturated by vectors that grow at will, and nothing learnt any more.
+    """Pictures -> vectors: a small convolutional network, a matrix of its own for each region of what it finds, so that
+    where something is counts too, the sum, and a norm: a core's gates would soon be saturated by vectors that grow at
+    will, and nothing learnt any more.
 
     Of images it is BatchNorm, which takes away what all of them have in common: a core that writes learns first to
     write what suits any image, and would do so through vectors that are all alike. Of frames it is LayerNorm, since
@@ -228,15 +245,18 @@ class ImageReader(nn.Module):
     def __init__(self, size: int, scale: Scale, features: int, *, frames: bool = False) -> None:
         super().__init__()
         self.step_size = features
-        self.scaling = _Scaling(size, scale)
-        widths = (3, 32, 64, 128, 128)
+        self.scaling, self.at_once = _Scaling(scale), max(1, _PIXELS_AT_ONCE // size**2)
+        widths, strides = (3, 32, 64, 128, 128), (2, 2, 2, 1)
         layers: list[nn.Module] = []
-        for below, width, stride in zip(widths, widths[1:], (2, 2, 2, 1), strict=False):
+        for below, width, stride in zip(widths, widths[1:], strides, strict=False):
             layers += [nn.Conv2d(below, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
+            size = (size - 1) // stride + 1
+        if size > _REGIONS:  # the matrices of all regions would be most of the model
+            size = _REGIONS
+            layers.append(nn.AdaptiveAvgPool2d(size))
         self.convolutions = nn.Sequential(*layers)
-        self.linear = nn.Linear(widths[-1], features)
+        self.linear = nn.Linear(widths[-1] * size**2, features)
         self.norm = nn.LayerNorm(features) if frames else _BatchNorm(features)
-        self.at_once = max(1, _PIXELS_AT_ONCE // size**2)
 
     def forward(self, pixels: UInt8[Tensor, "T B s s 3"]) -> Float[Tensor, "T B I"]:
         """A vector for each picture.
@@ -244,14 +264,16 @@ class ImageReader(nn.Module):
         Of many pictures a limited number is in work at a time, so that a film needs no more memory than its bytes and
         vectors; with a gradient too: what lies between is then computed again in the backward, to the same bits.
         """
-        steps = pixels.shape[0]
-        flat, changes = self._in_line(pixels)
+        steps, batch = pixels.shape[:2]
+        flat, changes = pixels.flatten(0, 1), self.scaling.draw(batch)
+        if changes is not None:
+            changes = changes.repeat(steps)
         if len(flat) <= self.at_once:
             return self._normed(self._vectors(flat, changes), steps)
         vectors = []
         for start in range(0, len(flat), self.at_once):
             part = slice(start, start + self.at_once)
-            given = flat[part], None if changes is None else changes[part]
+            given = flat[part], None if changes is None else changes.part(part)
             vectors.append(checkpoint(self._vectors, *given, use_reentrant=False, preserve_rng_state=False))
         return self._normed(torch.cat(vectors), steps)
 
@@ -259,26 +281,9 @@ class ImageReader(nn.Module):
         normed: Tensor = self.norm(vectors)
         return normed.view(steps, -1, self.step_size)
 
-    def regions(self, pixels: UInt8[Tensor, "1 B s s 3"]) -> Float[Tensor, "R B I"]:
-        """A vector for each of R regions of an image, row by row from its upper left, for attention to look at; their
-        mean, normed, is what `forward` gives."""
-        return self._regions(*self._in_line(pixels)).transpose(0, 1)
-
-    def _in_line(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures one after the other, [N s s 3], and the change of each."""
-        steps, batch = pixels.shape[:2]
-        changes = self.scaling.draw(batch)
-        return pixels.flatten(0, 1), None if changes is None else changes.repeat(steps, 1)
-
-    def _regions(self, pixels: Tensor, changes: Tensor | None) -> Tensor:
-        """[N s s 3] -> [N R I]"""
-        found: Tensor = self.convolutions(self.scaling(pixels, changes))
-        vectors: Tensor = self.linear(found.flatten(2).transpose(1, 2))
+    def _vectors(self, pixels: UInt8[Tensor, "N s s 3"], changes: _Changes | None) -> Float[Tensor, "N I"]:
+        vectors: Tensor = self.linear(self.convolutions(self.scaling(pixels, changes)).flatten(1))
         return vectors
-
-    def _vectors(self, pixels: Tensor, changes: Tensor | None) -> Tensor:
-        """[N s s 3] -> [N I]"""
-        return self._regions(pixels, changes).mean(1)
 
 
 class _BatchNorm(nn.BatchNorm1d):
@@ -289,6 +294,9 @@ class _BatchNorm(nn.BatchNorm1d):
             return super().forward(input)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
+
+_REGIONS = 8
+"""Regions of a picture, down and across, at most: those of a picture of 64 x 64."""
 
 _PIXELS_AT_ONCE = 2**19
 """About 200 pictures of 48 x 48, under 100 MB in work: enough to keep the processor busy, and no burden anywhere."""
@@ -304,7 +312,7 @@ class RowsReader(nn.Module):
     def __init__(self, size: int, scale: Scale) -> None:
         super().__init__()
         self.step_size = 3 * size
-        self.scaling = _Scaling(size, scale)
+        self.scaling = _Scaling(scale)
 
     def forward(self, pixels: UInt8[Tensor, "T B s 3"]) -> Float[Tensor, "T B I"]:
         """T rows of each image."""
