@@ -20,7 +20,7 @@ from unrolled.decoding import BeamSettings
 from unrolled.errors import ConfigError, DataError, ModelError, TrainingError
 from unrolled.evaluation import evaluate_examples
 from unrolled.model import form_of
-from unrolled.prediction import Searching, longest, predict
+from unrolled.prediction import Searching, given_values, longest, predict
 from unrolled.progress import Silent
 
 GOOD, BAD = ["좋다", "good", "fine", "great", "재미"], ["싫다", "bad", "awful", "poor", "최악"]
@@ -358,6 +358,25 @@ def test_labels_never_seen_in_training_are_counted_and_named(folder: Path) -> No
     figures = json.loads(run("evaluate", folder / "m", folder / "other.tsv", "--json").stdout)
     assert figures["unseen"] == 1
     assert figures["unseen_labels"] == {"maybe": 1}
+
+
+def test_lines_of_a_text_file_are_inputs_whatever_the_column_was_called(tmp_path: Path) -> None:
+    table = [{"document": row["text"], "label": row["label"]} for row in rows(20)]
+    model = unrolled.train(
+        table, tmp_path / "m", input="text:document", output="label:label", hidden=8, layers=1, steps=2
+    )
+    lines = ["good", '"bad', "너무 좋아"]
+    (tmp_path / "lines.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    assert list(given_values(model, [str(tmp_path / "lines.txt")])) == lines
+    (tmp_path / "table.tsv").write_text("document\tlabel\ngood\tyes\n", "utf-8")
+    assert list(given_values(model, [str(tmp_path / "table.tsv")])) == ["good"]
+
+
+def test_nothing_is_learnt_from_where_all_examples_are_bad(tmp_path: Path) -> None:
+    table = [{"file": f"{number}.png", "label": "ab"[number % 2]} for number in range(5)]
+    with pytest.raises(DataError, match=r"^no example can be used; the first: .*cannot read .*\d.png: No such file"):
+        unrolled.train(table, tmp_path / "m", input="image:file", output="label:label", skip_bad=True)
+    assert not (tmp_path / "m").exists()
 
 
 def test_bad_examples_are_skipped_if_asked(folder: Path, tmp_path: Path) -> None:

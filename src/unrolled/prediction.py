@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unrolled.config import parse_end, resolve, to_dict
-from unrolled.data import Batches, Examples, Values, encode_examples, open_data, read_values, whole_series
+from unrolled.data import Batches, Examples, Values, encode_examples, format_of, open_data, read_values, whole_series
 from unrolled.decoding import BeamSettings, Hypothesis, Sampling, beam_search, sample
 from unrolled.errors import ConfigError, DataError, ModelError
 from unrolled.kinds import Answer, Text
@@ -85,10 +85,10 @@ def given_values(model: Model, given: Iterable[str], *, input: str | None = None
                 for series in whole_series(open_data(item, config), config)
             )
         else:
-            table = open_data(item, config)
-            if table.columns == ("text",):  # lines, whatever the column was called in training
-                config = resolve(to_dict(config), {"input": {"columns": ["text"]}})
-            yield from (value for value, _ in read_values(table, config, outputs=False))
+            named = config
+            if (config.data.format or format_of(Path(item))) == "text":  # lines, whatever their column was called
+                named = resolve(to_dict(config), {"input": {"columns": ["text"]}, "data": {"names": []}})
+            yield from (value for value, _ in read_values(open_data(item, named), named, outputs=False))
 
 
 def predict(

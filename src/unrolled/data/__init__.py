@@ -21,6 +21,7 @@ from unrolled.data.examples import (
     series_values,
     whole_series,
 )
+from unrolled.data.formats import format_of
 from unrolled.data.lanes import Lanes, Window
 from unrolled.data.opening import open_data
 from unrolled.data.reading import ERRORS, find_texts, read_text
@@ -41,6 +42,7 @@ __all__ = [
     "encode_texts",
     "find_texts",
     "forecast_values",
+    "format_of",
     "open_data",
     "read_text",
     "read_values",

@@ -20,7 +20,18 @@ import pyarrow.parquet as pq
 from unrolled.data.reading import opened, read_text, unpacked_suffix
 from unrolled.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "Batch", "Cell", "Rows", "Settings", "open_objects", "open_pair", "open_rows", "shown"]
+__all__ = [
+    "FORMATS",
+    "Batch",
+    "Cell",
+    "Rows",
+    "Settings",
+    "format_of",
+    "open_objects",
+    "open_pair",
+    "open_rows",
+    "shown",
+]
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet", "conllu", "conll", "text")
 """What a file of rows may be."""
@@ -95,6 +106,11 @@ _Row: TypeAlias = tuple[int, Sequence[Cell]]
 _Lines: TypeAlias = Iterator[str]
 
 
+def format_of(path: Path) -> str:
+    """The format that a file's extension tells, one of `FORMATS`."""
+    return _EXTENSIONS.get(unpacked_suffix(path), "text")
+
+
 def open_rows(path: Path, settings: Settings, progress: Callable[[int], None] | None = None) -> Rows:
     """The columns of a file, and its rows; see `open_table` for what is read how.
 
@@ -102,7 +118,7 @@ def open_rows(path: Path, settings: Settings, progress: Callable[[int], None] | 
         ConfigError: a setting that does not suit the format.
         DataError: the file cannot be read, or its first rows are not as expected; those that follow raise later.
     """
-    kind = settings.format or _EXTENSIONS.get(unpacked_suffix(path), "text")
+    kind = settings.format or format_of(path)
     if settings.header is True and kind not in _PARTED:
         raise ConfigError(f"{path}: header: only tsv and csv files have one, and this is {kind}: leave header out")
     if settings.columns and kind in ("jsonl", "parquet", "conllu"):

@@ -361,6 +361,7 @@ class _Told:
     def __init__(self, values: Values, side: int, watcher: Watcher) -> None:
         self.values, self.side, self.watcher = values, side, watcher
         self.number = -1
+        self.bad: list[str] = []
         self.ended = False
 
     def _each(self, kind: Any, skip_bad: bool) -> Iterator[Any]:
@@ -371,7 +372,8 @@ class _Told:
             if skip_bad:  # listed when they are encoded
                 try:
                     kind.check(pair[self.side])
-                except DataError:
+                except DataError as error:
+                    self.bad.append(f"{self.values.where(self.number)}: {error}")
                     continue
             yield pair[self.side]
         self.ended = True
@@ -381,6 +383,8 @@ class _Told:
         try:
             return kind.learn(self._each(kind, config.data.skip_bad), config)
         except DataError as error:
+            if self.bad and len(self.bad) == self.number + 1:
+                raise DataError(f"no example can be used; the first: {self.bad[0]}") from None
             if self.ended or self.number < 0:
                 raise
             raise DataError(f"{self.values.where(self.number)}: {error}") from None
