@@ -15,8 +15,8 @@ RATE, WINDOW, STEP, POINTS = 8000, 200, 80, 256
 """Samples a second, in a window (25 ms), from one to the next (10 ms), and of the Fourier transform."""
 BANDS = 32
 WARPS = (1.0, 0.88, 1.12)
-"""Voices of other lengths of the vocal tract, of which the resonances lie so many times as high: each recording to learn
-from is heard with all of them (Jaitly and Hinton 2013), since four speakers are few."""
+"""Vocal tracts of other lengths, whose resonances lie so many times as high: each recording to learn from is heard with
+all of them (Jaitly and Hinton 2013), since four speakers are few."""
 
 
 def prepare(data: Path, out: Path) -> None:
@@ -48,8 +48,8 @@ def read_wave(content: bytes) -> np.ndarray:
 
 
 def spectra(samples: np.ndarray, bands: np.ndarray) -> np.ndarray:
-    """The logarithm of the energy in each band, float32 [T 32], less its mean over the recording: how loud it is and how
-    the room and the microphone colour it say nothing of the digit."""
+    """The logarithm of the energy in each band, float32 [T 32], less its mean over the recording: how loud it is, and
+    what room and microphone make of it, say nothing of the digit."""
     samples = np.pad(samples, (0, max(WINDOW - len(samples), 0)))
     windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[::STEP] * np.hanning(WINDOW)
     energy = np.abs(np.fft.rfft(windows, POINTS)) ** 2
