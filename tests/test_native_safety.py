@@ -5,7 +5,6 @@ What may crash runs in a process of its own, which writes down each call before 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import math
@@ -145,32 +144,6 @@ def forward_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call
         for _ in range(count)
     ]
     return Call("forward", native._native.forward, {**arguments, "threads": draw.choice([1, 2, 3])})
-
-
-def stack_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
-    cell, steps, batch = draw.randrange(4), draw.choice([0, 1, 2, 5]), draw.choice([0, 1, 2, 7])
-    inputs, hidden, layers = draw.choice([1, 3, 17]), draw.choice([1, 5, 33]), draw.choice([1, 2, 3])
-    both, bias, bf16 = (draw.random() < 0.5 for _ in range(3))
-    number = lambda *shape: place(torch.randn(shape))  # noqa: E731
-    rows, directions = GATES[cell] * hidden, 1 + both
-    weights: list[Any] = []
-    for k in range(layers):
-        for _ in range(directions):
-            weights += [number(rows, directions * hidden if k else inputs), number(rows, hidden)]
-            weights += [number(rows), number(rows)] if bias else []
-    state = lambda: number(layers * directions, batch, hidden)  # noqa: E731
-    each = 4 if bias else 2
-    packs: list[Any] = []
-    if draw.random() < 0.5:
-        packs = [
-            native._native.pack(cell, bf16, False, weights[k], weights[k + 1], 1) for k in range(0, len(weights), each)
-        ]
-    arguments = {
-        "cell": cell, "bf16": bf16, "both": both, "bias": bias, "x": number(steps, batch, inputs), "weights": weights,
-        "h_0": state(), "c_0": state() if cell == 2 else None, "outputs": number(steps, batch, directions * hidden),
-        "h_n": state(), "c_n": state() if cell == 2 else None, "packs": packs, "threads": draw.choice([1, 2, 3]),
-    }  # fmt: skip
-    return Call("stack", native._native.stack, arguments)
 
 
 class Attributes:
@@ -339,7 +312,7 @@ def write_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
 
 
 CALLS = (
-    forward_call, stack_call, call_call, backward_call, pack_call, linear_call, pack_linear_call, cross_entropy_call,
+    forward_call, call_call, backward_call, pack_call, linear_call, pack_linear_call, cross_entropy_call,
     writer_call, write_call,
 )  # fmt: skip
 
@@ -502,21 +475,6 @@ def unchanged(seed: int, count: int) -> None:
             gc.collect(0)
 
 
-def a_cell_without_c_is_given_one(seed: int) -> None:
-    """A c_0 that a vanilla cell or GRU has no use for is not looked into, whatever its shape."""
-    draw = chance.Random(seed)
-    with open(os.environ["LOG"], "w", buffering=1) as log:
-        for number in range(400):
-            call = CALLS[number % len(CALLS)](draw, lambda t: t)
-            if call.name != "stack":
-                continue
-            for shape in ((), (5,), (0,), (1, 2, 3, 4)):
-                call.arguments["c_0"] = torch.zeros(shape)
-                log.write(f"call {number}: {shape}\n")
-                with contextlib.suppress(*HARMLESS):
-                    call()
-
-
 def seed() -> int:
     """The same in CI, another one at each run at home."""
     return 0 if os.environ.get("CI") == "true" else chance.randrange(10**6)
@@ -525,11 +483,6 @@ def seed() -> int:
 def test_every_call_works_or_is_refused(tmp_path: Path) -> None:
     """Thousands of calls with an argument or three that are wrong in shape, type, number, layout or value."""
     in_a_new_process(f"import test_native_safety; test_native_safety.fuzz({seed()}, 3000)", tmp_path / "log")
-
-
-def test_a_state_that_a_cell_does_not_have_is_not_looked_into(tmp_path: Path) -> None:
-    program = "import test_native_safety; test_native_safety.a_cell_without_c_is_given_one(1)"
-    in_a_new_process(program, tmp_path / "log")
 
 
 def test_a_plain_call_takes_the_short_way() -> None:

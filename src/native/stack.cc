@@ -22,9 +22,8 @@ struct Stack {
     TensorView x;
     std::vector<TensorView> weights;  // two or four (`bias`) for each direction, in the order of torch.nn's layers
     TensorView h0, c0;                // [layers*D B H]
-    TensorView outputs, h, c;
+    TensorView outputs, h, c;  // new memory, which nothing else can overlap
     Packs packs;  // of each direction, or none at all
-    bool fresh;   // what is written is new memory, which nothing else can overlap
 };
 
 void run(Stack s, int threads) {
@@ -45,7 +44,6 @@ void run(Stack s, int threads) {
     if (count < 1 || count % directions != 0 || given_weights != count * each)
         refuse("weights: expected " + std::to_string(count * each) + " tensors, got " + std::to_string(given_weights));
     if (!s.packs.empty() && static_cast<int64_t>(s.packs.size()) != count) refuse("packs: expected one for each direction");
-    if (!s.fresh) expect_apart({&s.outputs, &s.h, &s.c}, {&x, &s.h0, &s.c0});
     const std::vector<bool> reverse = s.both ? std::vector<bool>{false, true} : std::vector<bool>{false};
     Scratch between[2];  // outputs of the layers below the last one, in turn
     for (int64_t k = 0; k < count; k += directions) {
@@ -76,23 +74,12 @@ void run(Stack s, int threads) {
             f.h_n[d] = s.h.as<float>() + (k + d) * B * H;
             f.c_n[d] = lstm ? s.c.as<float>() + (k + d) * B * H : nullptr;
         }
-        if (!s.fresh) expect_apart({&s.outputs, &s.h, &s.c}, given.read);
         {
             nb::gil_scoped_release unlocked;
             kernels().forward(f, threads);
         }
         if (!last) x = TensorView(f.outputs, T, B, directions * H, "x");
     }
-}
-
-// On tensors that the caller has made ready.
-void stack(int cell, bool bf16, bool both, bool bias, nb::handle x, const nb::sequence& weights, nb::handle h0, nb::handle c0,
-           nb::handle outputs, nb::handle h, nb::handle c, const Packs& packs, int threads) {
-    expect_threads(threads);
-    std::vector<TensorView> views;
-    for (const nb::handle weight : nb::list(weights)) views.emplace_back(weight, weight_names[views.size() % (bias ? 4 : 2)]);
-    run({cell, bf16, both, bias, {x, "x"}, std::move(views), {h0, "h_0"}, {c0, "c_0"}, {outputs, "outputs"}, {h, "h_n"},
-         {c, "c_n"}, packs, false}, threads);
 }
 
 // --- a layer's own call
@@ -285,7 +272,7 @@ nb::object call(nb::handle layer, nb::handle x_, nb::handle hx) {
     views.reserve(weights.size());
     Scratch zeros;
     Stack s{cell, bf16, both, bias, {nb::none(), "x"}, {}, {nb::none(), "h_0"}, {nb::none(), "c_0"},
-            {nb::none(), "outputs"}, {nb::none(), "h_n"}, {nb::none(), "c_n"}, std::move(packs), true};
+            {nb::none(), "outputs"}, {nb::none(), "h_n"}, {nb::none(), "c_n"}, std::move(packs)};
     try {
         s.x = ready(torch, x, "x", false);
         if (!s.x.is(Kind::float32, {-1, -1, input_size})) return nb::none();
@@ -335,8 +322,6 @@ nb::object call(nb::handle layer, nb::handle x_, nb::handle hx) {
 
 void bind_stack(nb::module_& m) {
     using nb::arg;
-    m.def("stack", &stack, arg("cell"), arg("bf16"), arg("both"), arg("bias"), arg("x"), arg("weights"), arg("h_0"),
-          arg("c_0").none(), arg("outputs"), arg("h_n"), arg("c_n").none(), arg("packs"), arg("threads"));
     m.def("call", &call, arg("layer"), arg("x").none(), arg("hx").none());
 }
 
