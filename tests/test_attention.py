@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ROUNDING, agree, gradients, leaf, ragged, random, refused
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unrolled import attention
 from unrolled.attention import ATTENTIONS, Attention, Memory
@@ -332,6 +333,33 @@ def test_under_autocast_softmax_is_in_float32(kind: str) -> None:
 
 
 # What is refused.
+
+
+class _Products(TorchDispatchMode):
+    """Notes of every batched product what it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.dtypes += [t.dtype for t in args]
+        return func(*args, **(kwargs or {}))
+
+
+@every_kind
+def test_products_of_many_shapes_are_in_float32_under_autocast(kind: str) -> None:
+    """For each shape of a product in bfloat16 torch keeps code: a training would grow by a gigabyte and more."""
+    look = Attention(kind, 4, 4)
+    states = torch.randn(5, 3, 4, requires_grad=True)
+    with _Products() as products:
+        with torch.autocast("cpu", torch.bfloat16):
+            memory = look.remember(states.bfloat16(), [5, 3, 1])
+            context, weights = look(torch.randn(2, 3, 4, requires_grad=True), memory)
+        (context.sum() + weights.square().sum()).backward()
+    assert set(products.dtypes) == {torch.float32}
+    assert context.dtype == weights.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["dot", "strongest"])

@@ -159,8 +159,8 @@ class Attention(nn.Module):
         if lengths is not None:
             values = values.masked_fill(~mask[..., None], 0)
         # Beside each other, a sentence's states are read in one piece at every look.
-        values = values.contiguous()
-        return Memory(values, self.key(values) if hasattr(self, "key") else values, mask)
+        values = self._wide(values).contiguous()
+        return Memory(values, self._wide(self.key(values)) if hasattr(self, "key") else values, mask)
 
     def forward(
         self, queries: Float[Tensor, "U R H"] | Float[Tensor, "R H"], memory: Memory
@@ -178,11 +178,24 @@ class Attention(nn.Module):
         expect_shape("queries", queries, "U R H", R=rows, H=self.query_size)
         if self.kind == "additive":
             queries = self.query(queries)
+        queries = self._wide(queries)
+        with torch.autocast(queries.device.type, enabled=False):
+            return self._look(queries, memory)
+
+    @staticmethod
+    def _wide(x: Tensor) -> Tensor:
+        """As float32 under autocast. These products are a hundredth of the work around them, and there are as many
+        shapes of them as there are pairs of lengths: for each shape of a product in bfloat16 torch's oneDNN keeps code
+        and memory, a megabyte at a time, until a thousand are there."""
+        return x.float() if torch.is_autocast_enabled(x.device.type) else x
+
+    def _look(
+        self, queries: Float[Tensor, "U R K"], memory: Memory
+    ) -> tuple[Float[Tensor, "U R H_m"], Float[Tensor, "U R S"]]:
         asked = memory.gather(queries)  # [N Q K]
         if self.kind == "additive":
-            with torch.autocast(asked.device.type, enabled=False):
-                keys, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (memory.keys, self.v))
-                scores = _AdditiveScores.apply(asked.to(keys.dtype), keys, v)  # type: ignore[no-untyped-call]
+            keys, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (memory.keys, self.v))
+            scores = _AdditiveScores.apply(asked.to(keys.dtype), keys, v)  # type: ignore[no-untyped-call]
         else:
             scores = torch.bmm(asked, memory.keys.transpose(1, 2))
         weights = _distribution(scores, memory.mask[:, None])
