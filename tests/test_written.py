@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -219,3 +222,37 @@ def test_one_to_many_is_one_core(feed: str) -> None:
         expected = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum")
         torch.testing.assert_close(model.loss(steps, targets).total, expected)
         torch.testing.assert_close(-log_probabilities(model, steps, targets).sum(), expected)
+
+
+_TRAINS_LONG = """
+import random
+import torch
+import unrolled
+from unrolled.progress import Silent
+
+class Sizes(Silent):
+    def update(self, done, note=""):
+        if done in (200, 600):
+            print([int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("RssAnon")][0])
+
+draw = random.Random(1)
+rows = [
+    {"source": "abcdefghij"[k % 10] * draw.randrange(3, 60), "target": "xyz" * draw.randrange(1, 20)} for k in range(2000)
+]
+unrolled.train(
+    rows, "m", valid=rows[:2], input="text:source", output="text:target", unit="char", cell="gru", hidden=256,
+    embedding=16, bidirectional=True, layers=1, batch_size=16, epochs=10, steps=600, valid_every=600,
+    precision="bf16", watcher=Sizes(), keep_memory=False,
+)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells so the memory of a process")
+def test_a_long_training_on_all_kinds_of_lengths_does_not_grow(tmp_path: Path) -> None:
+    """What is kept for each shape of a product in bfloat16 adds up, see `Attention._wide`."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TRAINS_LONG], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    early, late = map(int, done.stdout.split())
+    assert late - early < 100, f"{early} MB after 200 updates, {late} MB after 600"
