@@ -237,7 +237,8 @@ class Sizes(Silent):
 
 draw = random.Random(1)
 rows = [
-    {"source": "abcdefghij"[k % 10] * draw.randrange(3, 60), "target": "xyz" * draw.randrange(1, 20)} for k in range(2000)
+    {"source": "abcdefghij"[k % 10] * draw.randrange(3, 60), "target": "xyz" * draw.randrange(1, 20)}
+    for k in range(2000)
 ]
 unrolled.train(
     rows, "m", valid=rows[:2], input="text:source", output="text:target", unit="char", cell="gru", hidden=256,
