@@ -91,6 +91,7 @@ def test_defaults() -> None:
             "horizon": 24,
             "season": 1,
             "ahead": 1,
+            "changes": False,
             "quantiles": [],
         },
         "data": {
@@ -190,6 +191,7 @@ def test_each_message_says_what_is_expected() -> None:
         "output.horizon": "an integer >= 1",
         "output.season": "an integer >= 1",
         "output.ahead": "an integer >= 1",
+        "output.changes": "true or false",
         "output.quantiles": "a list of numbers > 0 and < 1",
         "data.documents": "file, line or paragraph",
         "data.valid_fraction": "a number > 0 and < 1",
@@ -310,12 +312,12 @@ def test_each_setting_takes_what_it_says_and_nothing_else(key: str) -> None:
 # ---------------------------------------------------------------- messages
 
 OUTPUT = (
-    "ahead, attention, columns, embedding, feed, horizon, input_feeding, kind, label_smoothing, max_vocabulary, "
-    "min_count, pooling, quantiles, scheduled_sampling, season, tied, unit"
+    "ahead, attention, changes, columns, embedding, feed, horizon, input_feeding, kind, label_smoothing, "
+    "max_vocabulary, min_count, pooling, quantiles, scheduled_sampling, season, tied, unit"
 )
 OUTPUT_ORDER = (
     "kind, columns, tied, pooling, unit, embedding, max_vocabulary, min_count, attention, feed, "
-    "input_feeding, label_smoothing, scheduled_sampling, horizon, season, ahead, quantiles"
+    "input_feeding, label_smoothing, scheduled_sampling, horizon, season, ahead, changes, quantiles"
 )
 CORE = "bidirectional, cell, chrono, dropout, forget_bias, hidden, init, layers, locked, recurrent_dropout"
 

@@ -249,7 +249,8 @@ def told(model: Small, series: Any) -> list[Any]:
     x = torch.from_numpy(series)
     with torch.no_grad():
         for t in range(len(x)):
-            hidden, state = model.core.step(x[t][None], state)
+            moved = (x[t] - x[t - 1]) / model.writer.change if t else torch.zeros_like(x[0])
+            hidden, state = model.core.step((moved if model.writer.changes else x[t])[None], state)
             base = x[t] if t < s or s == 1 else x[t + 1 - s] + model.writer.kept * (x[t] - x[t - s])
             found.append(model.writer(hidden, base[None])[0, model.writer.shares.index(0.5)])
     return found
@@ -265,10 +266,11 @@ def test_untrained_it_says_that_all_is_as_a_season_ago(season: int) -> None:
             np.testing.assert_allclose(value, model.output.trivial(raw, chosen), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("changes", ["false", "true"])
 @pytest.mark.parametrize("season", [1, 2, 6, 9])
-def test_with_a_season_all_runs_say_the_same(season: int) -> None:
+def test_all_runs_say_the_same(season: int, changes: str) -> None:
     """The equation step by step, a whole run over padded rows, a stream, and a forecast, which is fed back."""
-    model = stirred("output.horizon=6", f"output.season={season}")
+    model = stirred("output.horizon=6", f"output.season={season}", f"output.changes={changes}")
     rows = [model.input.encode(one)[0] for one in (LONG, SHORT)]
     steps = model.input.collate([(row,) for row in rows])
     with torch.no_grad():
@@ -302,10 +304,11 @@ def test_steps_without_a_season_behind_them_are_not_learnt_from() -> None:
     assert loss.count == 3 * 2
 
 
+@pytest.mark.parametrize("changes", ["false", "true"])
 @pytest.mark.parametrize("season", [1, 3])
-def test_learning_ahead_is_of_forecasts_fed_back(season: int) -> None:
+def test_learning_ahead_is_of_forecasts_fed_back(season: int, changes: str) -> None:
     """Beside the loss of one step: the model's own forecast from the places that were drawn, step by step."""
-    settings = [f"output.season={season}", "output.horizon=5"]
+    settings = [f"output.season={season}", "output.horizon=5", f"output.changes={changes}"]
     model, plain = stirred(*settings, "output.ahead=5"), stirred(*settings)
     rows = [model.input.encode(one)[0] for one in (LONG, SHORT, LONG[:4])]
     steps = model.input.collate([(row,) for row in rows])
@@ -338,8 +341,20 @@ def test_a_model_from_before_there_were_seasons_has_none() -> None:
     learnt = Next.learn([LONG], config("output.season=3"))
     assert again(learnt).season == 3
     old = learnt.to_json()
-    del old["season"]
-    assert Next.from_json(old).season == 1
+    del old["season"], old["ahead"], old["changes"]
+    assert Next.from_json(old).season == Next.from_json(old).ahead == 1
+    assert not Next.from_json(old).changes
+
+
+def test_where_changes_are_read_the_level_does_not_matter() -> None:
+    """A series a hundred deviations higher is forecast to go on as the same one lower down."""
+    model = stirred("output.horizon=6", "output.changes=true")
+    assert again(model.output).changes
+    higher = LONG + 100 * model.output.scale.deviation
+    low, high = (model.raw([series])[0] for series in (LONG, higher))
+    torch.testing.assert_close(high - 100, low, rtol=0, atol=1e-3)
+    levels = stirred("output.horizon=6")
+    assert (levels.raw([higher])[0] - 100 - levels.raw([LONG])[0]).abs().max() > 0.01
 
 
 def test_an_answer_is_in_the_series_own_units() -> None:

@@ -192,6 +192,9 @@ class OutputConfig(_Section):
     horizon: int = Field(24, ge=1, description="How many steps ahead a series is forecast.")
     season: int = Field(1, ge=1, description="Steps of a season: forecasts start from what was a season ago (1: none).")
     ahead: int = Field(1, ge=1, description="How many steps ahead are learnt, own forecasts fed back as in use.")
+    changes: bool = Field(
+        False, description="Read how much a series changes from step to step, in place of its levels."
+    )
     quantiles: _Shares = Field((), description="Quantiles to forecast beside the middle, e.g. [0.1, 0.9].")
 
 

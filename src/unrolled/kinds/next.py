@@ -43,6 +43,7 @@ class Next(Output):
         horizon: how many steps ahead; quantiles: to forecast beside the middle.
         season: how many steps a season has; 1: there is none.
         ahead: how many steps ahead are learnt.
+        changes: whether changes are read in place of levels.
     """
 
     kind: ClassVar[str] = "next"
@@ -58,8 +59,9 @@ class Next(Output):
         quantiles: Sequence[float] = (),
         season: int = 1,
         ahead: int = 1,
+        changes: bool = False,
     ) -> None:
-        self.scale, self.season, self.ahead = scale, season, ahead
+        self.scale, self.season, self.ahead, self.changes = scale, season, ahead, changes
         self.change, self.naive = np.asarray(change, np.float64), np.asarray(naive, np.float64)
         self.horizon, self.quantiles = horizon, tuple(sorted(set(quantiles)))
 
@@ -91,9 +93,9 @@ class Next(Output):
             )
         change = np.sqrt(squares / changes)
         change = np.where(change > 0, change, scale.deviation)
-        return cls(
-            scale, change.tolist(), (errors / pairs).tolist(), output.horizon, output.quantiles, season, output.ahead
-        )
+        naive = (errors / pairs).tolist()
+        settings = output.horizon, output.quantiles, season, output.ahead, output.changes
+        return cls(scale, change.tolist(), naive, *settings)
 
     def encode(self, value: Any) -> Arrays:
         """The scaled numbers, float32 [T F]: what is to be forecast is what is read, a step later."""
@@ -107,7 +109,8 @@ class Next(Output):
         if not isinstance(reader, NumbersReader) or reader.step_size != self.scale.width:
             raise ConfigError("output.kind: next forecasts the series that is read: expected input.kind series")
         change = self.change / self.scale.deviation
-        return SeriesWriter(core.output_size, change, self.horizon, self.quantiles, self.season, self.ahead)
+        settings = self.horizon, self.quantiles, self.season, self.ahead, self.changes
+        return SeriesWriter(core.output_size, change, *settings)
 
     def answer(self, raw: Tensor) -> Answer:
         """raw: scaled forecasts [1+Q horizon F], the middle and then each quantile."""
@@ -135,23 +138,28 @@ class Next(Output):
             "quantiles": list(self.quantiles),
             "season": self.season,
             "ahead": self.ahead,
+            "changes": self.changes,
         }
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> Next:
-        season, ahead = int(obj.get("season", 1)), int(obj.get("ahead", 1))  # models from before these were have none
-        scale = Scale.from_json(obj["scale"])
-        return cls(scale, obj["change"], obj["naive"], int(obj["horizon"]), obj["quantiles"], season, ahead)
+        scale, told = (
+            Scale.from_json(obj["scale"]),
+            (obj["change"], obj["naive"], int(obj["horizon"]), obj["quantiles"]),
+        )
+        # Models from before these were have none.
+        later = int(obj.get("season", 1)), int(obj.get("ahead", 1)), bool(obj.get("changes", False))
+        return cls(scale, *told, *later)
 
 
 @dataclass(frozen=True)
 class Past:
-    """The last steps of a series that is read, as far back as a season asks for.
+    """The last steps of a series that is read, as far back as is asked for.
 
-    values: [s+1 B F], the oldest first; count [B]: how many of them each row has had, s+1 at most.
+    values: [P B F], the oldest first; count [B]: how many of them each row has had, P at most.
     """
 
-    values: Float[Tensor, "s+1 B F"]
+    values: Float[Tensor, "P B F"]
     count: Int[Tensor, "B"]
 
     def add(self, x: Float[Tensor, "B F"]) -> Past:
@@ -183,6 +191,9 @@ class SeriesWriter(Writer):
     in units of d: where a series is sampled densely, its changes are tiny beside its level, and would be learnt late.
     The steps of a row that have no season behind them are not learnt from, unless the whole row has none.
 
+    The core reads x_t; with `changes` it reads (x_t - x_{t-1}) / d, and 0 at the first step: where a series wanders, as
+    prices do, its level tells nothing of where it goes, and one that the training part never had would mislead.
+
     A model that has learnt one step ahead only may do badly when its own forecasts are fed back: errors that are small
     at one step add up, and what would matter later was never asked for. With `ahead` n > 1 it is also taught as it is
     used: from a few places of each row, drawn at random, it goes n steps on its own forecasts of the middle, each of
@@ -205,6 +216,7 @@ class SeriesWriter(Writer):
         horizon: how many steps `answer` goes ahead.
         quantiles: each in (0, 1), rising; 0.5 is there always.
         season: s; ahead: n.
+        changes: what the core reads.
     """
 
     starts = 8
@@ -223,9 +235,12 @@ class SeriesWriter(Writer):
         quantiles: Sequence[float] = (),
         season: int = 1,
         ahead: int = 1,
+        changes: bool = False,
     ) -> None:
         super().__init__()
-        self.season, self.ahead = season, ahead
+        self.season, self.ahead, self.changes = season, ahead, changes
+        # P, how many steps must be looked back on.
+        self.reach = season + 1 if season > 1 else 1 + changes
         self.register_buffer("change", torch.tensor(change, dtype=torch.float32), persistent=False)
         self.columns, self.horizon, self.quantiles = len(self.change), horizon, tuple(quantiles)
         self.shares = sorted({*quantiles, 0.5})
@@ -260,16 +275,28 @@ class SeriesWriter(Writer):
         seasonal = past.values[1] + self.kept * (past.values[-1] - past.values[0])
         return torch.where(whole, seasonal, past.values[-1])
 
+    def seen(self, series: Float[Tensor, "T B F"]) -> Float[Tensor, "T B F"]:
+        """What the core reads of a series."""
+        if not self.changes:
+            return series
+        return torch.cat([torch.zeros_like(series[:1]), (series[1:] - series[:-1]) / self.change])
+
+    def last(self, past: Past) -> Float[Tensor, "B F"]:
+        """What the core reads of the past's last step."""
+        now = past.values[-1]
+        if not self.changes:
+            return now
+        return torch.where((past.count > 1)[:, None], (now - past.values[-2]) / self.change, 0)
+
     def no_past(self, batch: int) -> Past:
         """Before the first step of each row."""
-        reach = self.season + 1 if self.season > 1 else 1
-        values = self.change.new_zeros(reach, batch, self.columns)
+        values = self.change.new_zeros(self.reach, batch, self.columns)
         return Past(values, torch.zeros(batch, dtype=torch.int64, device=values.device))
 
     def loss(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets) -> Loss:
         """Of all steps of each row but its first, each told from those before it."""
         series = targets.tensors[0]
-        through = run.core(read(), lengths=steps.lengths, all_states=self.ahead > 1)
+        through = run.core(self.seen(read()), lengths=steps.lengths, all_states=self.ahead > 1)
         hidden = run.drop(through.outputs)[:-1]
         mask = real(steps.lengths - 1, len(hidden), hidden.device)
         if self.season > 1:
@@ -308,19 +335,18 @@ class SeriesWriter(Writer):
                 total = total + _huber((series[places + n, rows] - middle) / self.change)
             if n < self.ahead:
                 past = past.add(middle)
-                on = run(middle[None], state=state)
+                on = run(self.last(past)[None], state=state)
                 hidden, state = on.outputs[0], on.state
         return total, len(rows) * (self.ahead - 1) * self.columns
 
     def _past(self, series: Float[Tensor, "T B F"], lengths: Int[Tensor, "R"], rows: Int[Tensor, "R"]) -> Past:
         """What each of these rows has behind it after so many steps."""
-        reach = self.season + 1 if self.season > 1 else 1
-        places = lengths - torch.arange(reach, 0, -1, device=series.device)[:, None]  # [s+1 R]
-        return Past(series[places.clamp(min=0), rows], lengths.clamp(max=reach))
+        places = lengths - torch.arange(self.reach, 0, -1, device=series.device)[:, None]  # [P R]
+        return Past(series[places.clamp(min=0), rows], lengths.clamp(max=self.reach))
 
     def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None = None) -> Tensor:
         series = read()
-        return self.at(run(series, lengths=steps.lengths).outputs, self.bases(series))
+        return self.at(run(self.seen(series), lengths=steps.lengths).outputs, self.bases(series))
 
     def at(self, hidden: Float[Tensor, "*n H"], base: Float[Tensor, "*n F"]) -> Float[Tensor, "*n F"]:
         """The middle of the next step, scaled."""
@@ -331,13 +357,13 @@ class SeriesWriter(Writer):
 
     def step(self, core: Core, x: Float[Tensor, "B F"], state: SeriesState) -> tuple[Tensor, SeriesState]:
         past = state.past.add(x)
-        hidden, after = core.step(x, state.core)
+        hidden, after = core.step(self.last(past), state.core)
         return self.at(hidden, self.base(past)), SeriesState(after, past)
 
     def answer(self, read: Callable[[], Any], run: Run, steps: Steps) -> list[Any]:
         """Scaled forecasts [1+Q horizon F] of each row: the middle, then each quantile."""
         series = read()
-        context = run(series, lengths=steps.lengths)
+        context = run(self.seen(series), lengths=steps.lengths)
         lengths = steps.lengths.to(series.device)
         rows = torch.arange(len(lengths), device=series.device)
         past = self._past(series, lengths, rows)
@@ -356,7 +382,7 @@ class SeriesWriter(Writer):
         taken = []
         for ahead in range(self.horizon):
             if ahead:
-                further = run(past.values[-1][None], state=state)
+                further = run(self.last(past)[None], state=state)
                 hidden, state = further.outputs[0], further.state
             order = torch.rand(paths, self.columns, generator=generator).argsort(0)
             draws = torch.special.ndtri((order + 0.5) / max(paths, 1))
