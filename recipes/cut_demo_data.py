@@ -2,8 +2,8 @@
 
 DIR holds the source files in the folders that SOURCES names. What is cut how stands in
 src/unrolled/demo_data/README.md, and where each source comes from and under which licence in the SOURCE.md beside the
-files that are cut. The same sources give the same files, but for how another version of xz packs them: the README
-gives the sha256 of what is in them.
+files that are cut. The same sources give the same files, but for how another version of xz or of Pillow packs them: the
+README gives the sha256 of what is in them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ SOURCES = {
     "chatbot-ko/ChatbotData.csv.gz": "60ffbbd67b6da55e85c40abda1bc3ccb1d4e8d745eaf4af237eb966d9ff760ba",
     "hand-point-history/point_history.csv.gz": "a2dbee3b1502bed103ceadac30a1c761d26f5821c7b5764cd896bec8ce433a63",
     "hand-point-history/point_history_labels.csv": "44613d84c97aa87fbd2c77f5d557b3d0c4c3b4171ffddbb241dd66a7e5a2462e",
+    "emoji-captions/captions.tsv": "53a3719c3da4e93816e48e2840d4d8e8766184b0875026add0d0e0e8770bc434",
+    "emoji-captions/sheet_noto.png": "be4503bf858bf3900cab58424f4cad94f09a90e305b11ebde350f8b044a59a48",
+    "emoji-captions/sheet_twemoji.png": "b8834602b786c07f6f87155dd9bc33cfe6cce207901734bdfaaa38a7879ed16e",
+    "emoji-captions/sheet_fluent-flat.png": "c6cb94fa33a2d161e10b0c3453209981786291c933850bdcb26051c2790f5d27",
 }
 
 
@@ -181,7 +185,38 @@ def cut_frames(data: Path, out: Path) -> None:
         write(out / "frames" / f"{name}.csv.xz", table(("clip", "right", "down", "gesture"), lines, ","))
 
 
-CUTS = {"sentiment": cut_sentiment, "translate": cut_translate, "chat": cut_chat, "frames": cut_frames}
+STYLES = ("noto", "twemoji", "fluent-flat")
+GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
+SIDE, ACROSS, SOURCE_SIDE, SOURCE_ACROSS = 32, 32, 48, 48
+
+
+def cut_caption(data: Path, out: Path) -> None:
+    """The emoji of five groups that all three styles have: their names in two languages, and a sheet of pictures for
+    each style, 32 x 32 pixels each (scaled with Lanczos' filter), 32 across, in the order of the names; WebP of quality
+    85."""
+    import PIL.Image
+
+    rows = csv.DictReader(io.StringIO(read(data, "emoji-captions/captions.tsv").decode()), delimiter="\t")
+    kept = [row for row in rows if row["group"] in GROUPS and set(STYLES) <= set(row["has"].split(","))]
+    columns = ("emoji", "en", "ko")
+    write(out / "caption" / "names.tsv.xz", table(columns, ([row[name] for name in columns] for row in kept)))
+    for style in STYLES:
+        source = PIL.Image.open(io.BytesIO(read(data, f"emoji-captions/sheet_{style}.png"))).convert("RGB")
+        sheet = PIL.Image.new("RGB", (ACROSS * SIDE, -(-len(kept) // ACROSS) * SIDE), "white")
+        for number, row in enumerate(kept):
+            top, left = (SOURCE_SIDE * place for place in divmod(int(row["index"]), SOURCE_ACROSS))
+            picture = source.crop((left, top, left + SOURCE_SIDE, top + SOURCE_SIDE))
+            down, right = divmod(number, ACROSS)
+            sheet.paste(picture.resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS), (right * SIDE, down * SIDE))
+        path = out / "caption" / f"{style}.webp"
+        sheet.save(path, quality=85, method=6)
+        pixels = np.asarray(PIL.Image.open(path).convert("RGB"))
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        print(f"| `caption/{path.name}` | {path.stat().st_size:,} | {len(kept):,} | `{digest}` (pixels) |")
+
+
+CUTS = {"sentiment": cut_sentiment, "translate": cut_translate, "chat": cut_chat, "frames": cut_frames,
+        "caption": cut_caption}  # fmt: skip
 
 
 def main() -> None:

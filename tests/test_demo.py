@@ -37,14 +37,15 @@ SETTINGS = {
     "epochs": 4,
 }  # fmt: skip
 
-FIGURE = {"sentiment": "accuracy", "translate": "chrf", "chat": "perplexity", "frames": "macro_f1"}
+FIGURE = {"sentiment": "accuracy", "translate": "chrf", "chat": "perplexity", "caption": "exact", "frames": "macro_f1"}
 """The figure by which each demo's model must beat the baseline."""
 WORST = {name: math.inf if name == "chat" else 0.0 for name in FIGURE}
-BEST = {"sentiment": 1.0, "translate": 100.0, "chat": 1.0, "frames": 1.0}
+BEST = {"sentiment": 1.0, "translate": 100.0, "chat": 1.0, "caption": 1.0, "frames": 1.0}
 BASELINE = {
     "sentiment": r"always \w+",
     "translate": "always the most frequent translation",
     "chat": "unigram: how frequent each symbol is",
+    "caption": "always the most frequent name",
     "frames": r"always \w+",
 }
 
@@ -96,7 +97,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         tiny["training.valid_every"] = 2
         monkeypatch.setattr(module(name), "_SHORT", tiny)
     # Networks that have learnt nothing write for long.
-    for name in ("translate", "chat"):
+    for name in ("translate", "chat", "caption"):
         monkeypatch.setattr(module(name), "predict", _briefly(module(name).predict))
         monkeypatch.setattr(module(name), "evaluate_examples", _briefly(module(name).evaluate_examples))
 
@@ -184,6 +185,8 @@ def test_a_demo_that_was_run_before_is_not_written_over(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("name", FIGURE)
 def test_each_demo_shows_all_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "caption":
+        pytest.importorskip("PIL", reason="pictures are read with Pillow: pip install 'unrolled[image]'")
     judged(monkeypatch, name, BEST[name])
     monkeypatch.chdir(tmp_path)
     done = run(name, "--short")
@@ -205,6 +208,8 @@ def test_each_demo_shows_all_of_it(name: str, tmp_path: Path, monkeypatch: pytes
 def test_each_demo_fails_where_the_baseline_is_not_beaten(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "caption":
+        pytest.importorskip("PIL", reason="pictures are read with Pillow: pip install 'unrolled[image]'")
     judged(monkeypatch, name, WORST[name])
     done = run(name, "--short", "--out", tmp_path / "out")
     assert done.code == 2
@@ -212,6 +217,14 @@ def test_each_demo_fails_where_the_baseline_is_not_beaten(
         rf"error: the demo's model did not beat the baseline \({BASELINE[name]}\); please report this", done.err
     )
     assert "this model (" in done.out, "the figures that condemn it are shown"
+
+
+def test_pictures_without_pillow_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    done = run("caption", "--short", "--out", tmp_path / "out")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: the demo caption reads pictures with Pillow: pip install 'unrolled[image]'\n"
 
 
 def test_an_unknown_demo_names_the_nearest() -> None:

@@ -9,6 +9,7 @@ import json
 import lzma
 import re
 import sys
+import tarfile
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -242,6 +243,33 @@ def test_one_style_of_emoji_is_never_seen(tmp_path: Path) -> None:
     with image.open(out / "pictures" / "noto-49.png") as picture:
         assert picture.size == (48, 48)
         assert picture.getcolors() == [(48 * 48, (255, 0, 0))]
+
+
+def test_photographs_are_parted_by_their_names(tmp_path: Path) -> None:
+    names = [f"{n:04}.jpg" for n in range(1000)]
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for name in names[::-1]:
+            (tmp_path / name).write_bytes(name.encode())
+            tar.add(tmp_path / name, name)
+    rows = [f'{name}\tA "Dog" , number {n} of\u00a0{k} .' for n, name in enumerate(names) for k in range(5)]
+    (tmp_path / "captions.tsv").write_text("\n".join(["image\tcaption", *rows]) + "\n", "utf-8")
+    out = tmp_path / "out"
+    out.mkdir()
+    runner.load_prepare(RECIPES / "flickr-captions")(tmp_path, out)
+    assert (out / "photographs" / "0007.jpg").read_bytes() == b"0007.jpg"
+    learnt = (out / "train.tsv").read_text("utf-8").splitlines()
+    assert learnt[0] == "file\tcaption"
+    assert learnt[6] == "photographs/0001.jpg\ta dog , number 1 of 0"
+    assert len(learnt) == 1 + 5 * 800
+    made = {
+        part: [json.loads(line) for line in (out / f"{part}.jsonl").read_text("utf-8").splitlines()]
+        for part in ("learnt", "valid", "test")
+    }
+    first = {part: [row["file"][-8:-4] for row in rows][::99] for part, rows in made.items()}
+    assert first == {"learnt": ["0000", "0099"], "valid": ["0800", "0899"], "test": ["0900", "0999"]}
+    assert made["test"][1] == {
+        "file": "photographs/0901.jpg", "caption": [f"a dog , number 901 of {k}" for k in range(5)]
+    }  # fmt: skip
 
 
 @pytest.fixture

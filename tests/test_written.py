@@ -218,7 +218,7 @@ def test_one_to_many_is_one_core(feed: str) -> None:
         words = F.embedding(wanted[:-1].clamp(min=0), model.writer.table)
         x = torch.cat([model.reader(*steps.tensors), words * (feed == "word")])
         hidden = model.core(x, lengths=targets.lengths).outputs
-        scores = F.linear(hidden, model.writer.weight, model.writer.bias)
+        scores = F.linear(4 * hidden, model.writer.weight, model.writer.bias)
         expected = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum")
         torch.testing.assert_close(model.loss(steps, targets).total, expected)
         torch.testing.assert_close(-log_probabilities(model, steps, targets).sum(), expected)

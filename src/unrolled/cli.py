@@ -562,8 +562,8 @@ def demo(
         str,
         typer.Argument(
             metavar="[NAME]",
-            help="shakespeare (a language model), sentiment (film reviews), translate (English to Korean), chat "
-            "or frames (a label at each frame).",
+            help="shakespeare (a language model), sentiment (film reviews), translate (English to Korean), chat, "
+            "caption (pictures to their names) or frames (a label at each frame).",
             show_default=False,
         ),
     ] = "shakespeare",

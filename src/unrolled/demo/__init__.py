@@ -15,7 +15,7 @@ from unrolled.progress import Watcher
 
 __all__ = ["DEMOS", "run_demo"]
 
-DEMOS = ("shakespeare", "sentiment", "translate", "chat", "frames")
+DEMOS = ("shakespeare", "sentiment", "translate", "chat", "caption", "frames")
 """Their names: each is a file here with a function `run`, and, but for the first, a folder of `demo_data`."""
 
 
@@ -30,7 +30,7 @@ def run_demo(name: str, out: Path | None = None, *, short: bool, force: bool, wa
     Raises:
         TrainingError: the model did not beat the baseline that it must.
         StorageError: `out` holds a model and force is not set.
-        ConfigError: there is no such demo.
+        ConfigError: there is no such demo, or it needs a library that is not installed.
     """
     if name not in DEMOS:
         raise ConfigError(f"there is no demo {name!r}: {nearest(name, DEMOS)}")

@@ -50,5 +50,5 @@ def run(road: Road) -> None:
         'unrolled generate {out} --prompt "JULIET:" --temperature 0.6',
         "unrolled train YOUR_TEXT.txt --out my-model/      # any text in any language; Korean: --unit jamo",
         "unrolled train --help",
-        "unrolled demo sentiment      # and translate, chat, frames",
+        "unrolled demo sentiment      # and translate, chat, caption, frames",
     )

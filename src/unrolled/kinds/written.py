@@ -351,10 +351,18 @@ class CaptionState(NamedTuple):
         return CaptionState(self.cells.select(rows), self.first[rows])
 
 
+_ENLARGED = 4.0
+
+
 class OneToMany(_Symbols):
     """The core that read one step writes on: x_1 is the input, later ones are its own last word, or zeros.
 
-    h_1 = cell(x_1, 0),  y_u = W h_u + b,  h_{u+1} = cell(table[word u] or 0, h_u)
+    h_1 = cell(x_1, 0),  y_u = W (4 h_u) + b,  h_{u+1} = cell(table[word u] or 0, h_u)
+
+    The first word, which is the hardest, is told from one step out of rest, of which gates let through a part: h_1 of
+    an untrained GRU or LSTM is 0.1 to 0.25. Adam moves a weight as far whatever it multiplies, so that with h_1 itself
+    scores grow slowly: after ten epochs of 853 emoji as two artists draw them, 27 % of a third one's were told right,
+    and with 4 h_1 36 %.
     """
 
     def __init__(self, config: Config, reader: Any, core: Core, symbols: int) -> None:
@@ -363,19 +371,19 @@ class OneToMany(_Symbols):
 
     def scores(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets | None) -> Tensor:
         assert targets is not None
-        return self.output(self._hidden(read, run, targets))
+        return self.output(self._enlarged(read, run, targets))
 
-    def _hidden(self, read: Callable[[], Any], run: Run, targets: Targets) -> Float[Tensor, "U B H"]:
+    def _enlarged(self, read: Callable[[], Any], run: Run, targets: Targets) -> Float[Tensor, "U B H"]:
         words = self._next(self._words(targets.tensors[0][:-1].clamp(min=0)))
         first = read()
         hidden: Tensor = run(torch.cat([first, words.to(first.dtype)]), lengths=targets.lengths).outputs
-        return hidden
+        return _ENLARGED * hidden
 
     def loss(self, read: Callable[[], Any], run: Run, steps: Steps, targets: Targets) -> Loss:
         wanted = targets.tensors[0]
-        hidden = self._hidden(read, run, targets)
+        enlarged = self._enlarged(read, run, targets)
         real = wanted != IGNORE
-        return Loss(self.cross_entropy(hidden[real], wanted[real]), int(targets.lengths.sum()))
+        return Loss(self.cross_entropy(enlarged[real], wanted[real]), int(targets.lengths.sum()))
 
     def _next(self, words: Any) -> Tensor:
         vectors: Tensor = words.vectors() if isinstance(words, Lookup) else words
@@ -391,4 +399,4 @@ class OneToMany(_Symbols):
         words = self._next(Lookup(ids, self.table))
         x = torch.where((ids == self.symbols + 1)[:, None], state.first, words.to(state.first.dtype))
         hidden, cells = core.step(x, state.cells)
-        return self.output(hidden), CaptionState(cells, state.first)
+        return self.output(_ENLARGED * hidden), CaptionState(cells, state.first)
