@@ -61,6 +61,7 @@ def test_defaults() -> None:
             "size": 48,
             "rows": False,
             "features": 128,
+            "augment": True,
         },
         "core": {
             "cell": "lstm",
@@ -165,6 +166,7 @@ def test_each_message_says_what_is_expected() -> None:
         "input.size": "an integer >= 8",
         "input.rows": "true or false",
         "input.features": "an integer >= 1",
+        "input.augment": "true or false",
         "core.cell": "a text",
         "core.hidden": "an integer >= 1",
         "core.layers": "an integer >= 1",
@@ -552,7 +554,9 @@ def test_unknown_flags(name: str, said: str) -> None:
 
 def test_a_flag_like_no_other_is_answered_with_all_of_them() -> None:
     said = message(lambda: flag_key("qqq"))
-    assert said.startswith("unknown setting 'qqq': known: ahead, attention, average, backend, batch_size, betas, ")
+    assert said.startswith(
+        "unknown setting 'qqq': known: ahead, attention, augment, average, backend, batch_size, betas, "
+    )
     assert all(about.name in said for about in flat_keys().values())
 
 

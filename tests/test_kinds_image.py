@@ -321,6 +321,15 @@ def contrast_of(x: Any) -> Any:
     return x.amax((1, 2), keepdim=True) - x.amin((1, 2), keepdim=True)
 
 
+@pytest.mark.parametrize("kind", ["input.rows=false", "input.rows=true"])
+def test_pictures_are_left_as_they_are_where_that_is_asked(kind: str) -> None:
+    config = config_of("input.kind=image", "output.kind=label", "input.size=16", "input.augment=false", kind)
+    reader = Image.learn(PICTURES, config).reader(config).train()
+    assert reader.scaling.draw(3) is None
+    config = config_of("input.kind=image", "output.kind=label", "input.size=16", kind)
+    assert Image.learn(PICTURES, config).reader(config).train().scaling.draw(3) is not None
+
+
 def test_what_a_picture_shows_at_its_edge_goes_on_beyond_it() -> None:
     config = config_of("input.kind=image", "output.kind=label", "input.size=16")
     image = Image.learn(PICTURES, config)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -167,6 +168,52 @@ def test_frames_are_told_from_the_spine(tmp_path: Path) -> None:
     assert {piece: pieces.count(piece) for piece in pieces if piece.startswith("a1")} == {
         "a1-0": 200, "a1-40": 200, "a1-44": 200
     }  # fmt: skip
+
+
+def test_stick_figures_are_films_of_the_positions_beside_them(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    pytest.importorskip("PIL.Image")
+    coordinates = [f"{point}{axis}" for point in ("lh", "rh", "h", "s", "lw", "rw") for axis in "xyz"]
+    raw = [*coordinates, "timestamp", "phase"]
+    points = dict.fromkeys(raw, "1") | {"hy": "-1", "lhx": "-1", "rhx": "3", "rhy": "-1"}  # the head is 2 above
+    files = {}
+    for number, video in enumerate(("a1", "a2", "a3", "b1", "b3", "c1", "c3")):
+        phases = ["Hold"] * 4 + ["Preparação"] + ["Rest"] * (215 + number)
+        rows = [",".join(points[name] if name != "phase" else phase for name in raw) for phase in phases]
+        files[f"raw/{video}_raw.csv.gz"] = "\n".join([",".join(raw), *rows])
+    write_packed(tmp_path, files)
+    out = tmp_path / "out"
+    out.mkdir()
+    runner.load_prepare(RECIPES / "stick-figures")(tmp_path, out)
+    tables = {part: [line.split(",") for line in (out / f"{part}.csv").read_text("utf-8").splitlines()]
+              for part in ("train", "valid", "test")}  # fmt: skip
+    header, first, second, *_ = tables["test"]
+    assert header == ["film", "hx", "hy", "lwx", "lwy", "lhx", "lhy", "rwx", "rwy", "rhx", "rhy", "phase"]
+    numbers = [0, -1, 0, 0, -1, 0, 0, 0, 1, -1]
+    assert first == ["films/a3-0.mp4", *(f"{number:.5f}" for number in numbers), "Preparation"]
+    assert second[-1] == "Rest"
+    films = [row[0] for rows in tables.values() for row in rows[1:]]
+    pieces = {film: films.count(film) for film in films}
+    assert pieces["films/a3-0.mp4"] == 218
+    assert pieces["films/c3-0.mp4"] == 222
+    assert {film: count for film, count in pieces.items() if "a2" in film} == {
+        "films/a2-0.mp4": 200, "films/a2-17.mp4": 200
+    }  # fmt: skip
+    for film, count in pieces.items():
+        with av.open(str(out / film)) as opened:
+            frames = [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
+        assert len(frames) == count, film
+        at = {"head": (64, 34), "left": (24, 74), "right": (104, 34), "nothing": (24, 34)}
+        assert {point: (frames[-1][y, x] > 90).tolist() for point, (x, y) in at.items()} == {
+            "head": [False, True, False], "left": [False, False, True], "right": [True, False, False],
+            "nothing": [False, False, False],
+        }, film  # fmt: skip
+
+
+def test_stick_figures_are_split_as_the_gesture_phases_are() -> None:
+    of: dict[str, Any] = {name: runner.load_prepare(RECIPES / name) for name in ("stick-figures", "gesture-phases")}
+    stick, phases = (prepare.__globals__ for prepare in of.values())
+    assert all(stick[name] == phases[name] for name in ("VIDEOS", "PHASES", "FRAMES", "STRIDE"))
 
 
 def test_gestures_beside_held_out_ones_are_not_learnt(tmp_path: Path) -> None:

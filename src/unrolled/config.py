@@ -107,6 +107,10 @@ class InputConfig(_Section):
     features: int = Field(
         128, ge=1, description="Size of the vector that the convolutional reader makes of an image or frame."
     )
+    augment: bool = Field(
+        True,
+        description="Train on copies of images and films that are turned, scaled, moved and recoloured a little.",
+    )
 
     @model_validator(mode="before")
     @classmethod

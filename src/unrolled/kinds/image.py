@@ -45,7 +45,8 @@ class Pictures(Input):
         self.size, self.scale = size, scale
 
     def reader(self, config: Config) -> nn.Module:
-        return ImageReader(self.size, self.scale, config.input.features, frames=self.frames)
+        settings = config.input
+        return ImageReader(self.size, self.scale, settings.features, frames=self.frames, augment=settings.augment)
 
     def to_json(self) -> dict[str, Any]:
         return {"size": self.size, "scale": self.scale.to_json()}
@@ -85,7 +86,9 @@ class Image(Pictures):
         return (pixels if self.rows else pixels[None],)
 
     def reader(self, config: Config) -> nn.Module:
-        return RowsReader(self.size, self.scale) if self.rows else super().reader(config)
+        if self.rows:
+            return RowsReader(self.size, self.scale, augment=config.input.augment)
+        return super().reader(config)
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "rows": self.rows}
@@ -188,20 +191,26 @@ class _Scaling(nn.Module):
     """Bytes -> scaled colours, and while training the changes that leave a picture what it is: turned by up to 15
     degrees, larger or smaller by up to a fifth, moved by up to a sixteenth of its side, its edges repeated; colours
     mixed, contrast and brightness changed by up to a fifth. One change a row of the batch, the same for all frames of a
-    film."""
+    film.
+
+    Args:
+        scale: of the three colours.
+        augment: false: change nothing while training either.
+    """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, scale: Scale) -> None:
+    def __init__(self, scale: Scale, augment: bool = True) -> None:
         super().__init__()
+        self.augment = augment
         for name in ("mean", "deviation"):
             # Kept in the model's JSON, so not among its weights too.
             self.register_buffer(name, torch.tensor(getattr(scale, name), dtype=torch.float32), persistent=False)
 
     def draw(self, rows: int) -> _Changes | None:
         """A change for each of `rows`; None where nothing is changed."""
-        if not self.training:
+        if not (self.training and self.augment):
             return None
         a = torch.rand(rows, 7 + 9, device=self.mean.device) * 2 - 1
         angle, larger = a[:, 0] * math.radians(15), 1 + a[:, 1] * 0.2
@@ -240,12 +249,13 @@ class ImageReader(nn.Module):
         scale: of the three colours.
         features: I, the size of a step's vector.
         frames: whether the pictures are those of films.
+        augment: whether changed copies are trained on.
     """
 
-    def __init__(self, size: int, scale: Scale, features: int, *, frames: bool = False) -> None:
+    def __init__(self, size: int, scale: Scale, features: int, *, frames: bool = False, augment: bool = True) -> None:
         super().__init__()
         self.step_size = features
-        self.scaling, self.at_once = _Scaling(scale), max(1, _PIXELS_AT_ONCE // size**2)
+        self.scaling, self.at_once = _Scaling(scale, augment), max(1, _PIXELS_AT_ONCE // size**2)
         widths, strides = (3, 32, 64, 128, 128), (2, 2, 2, 1)
         layers: list[nn.Module] = []
         for below, width, stride in zip(widths, widths[1:], strides, strict=False):
@@ -306,13 +316,13 @@ class RowsReader(nn.Module):
     """An image row by row: the scaled colours of its pixels are a step's vector, nothing is learnt here.
 
     Args:
-        size: s, pixels a side; scale: of the three colours.
+        size: s, pixels a side; scale: of the three colours; augment: whether changed copies are trained on.
     """
 
-    def __init__(self, size: int, scale: Scale) -> None:
+    def __init__(self, size: int, scale: Scale, *, augment: bool = True) -> None:
         super().__init__()
         self.step_size = 3 * size
-        self.scaling = _Scaling(scale)
+        self.scaling = _Scaling(scale, augment)
 
     def forward(self, pixels: UInt8[Tensor, "T B s 3"]) -> Float[Tensor, "T B I"]:
         """T rows of each image."""
