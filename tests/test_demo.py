@@ -224,7 +224,7 @@ def test_pictures_without_pillow_are_one_clear_line(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     done = run("caption", "--short", "--out", tmp_path / "out")
     assert (done.code, done.out) == (2, "")
-    assert done.err == "error: the demo caption reads pictures with Pillow: pip install 'unrolled[image]'\n"
+    assert done.err == "error: reading images needs Pillow: pip install 'unrolled[image]'\n"
 
 
 def test_an_unknown_demo_names_the_nearest() -> None:

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from unrolled.demo.baselines import most_frequent
 from unrolled.demo.road import Road, Row, model_name, spread
-from unrolled.errors import ConfigError
 from unrolled.evaluation import evaluate_examples
 from unrolled.kinds import Answer
+from unrolled.kinds.image import decode
 from unrolled.kinds.scores import TextScore
 from unrolled.prediction import predict
 
@@ -34,16 +34,12 @@ Pixels = npt.NDArray[np.uint8]
 def run(road: Road) -> None:
     """Train on two artists' emoji and name a third one's. It must beat the most frequent name; that of the picture
     whose pixels are most alike is shown beside it."""
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError:
-        raise ConfigError("the demo caption reads pictures with Pillow: pip install 'unrolled[image]'") from None
     names = road.rows("names.tsv.xz")
+    sheets = {style: _cut(road.data / f"{style}.webp", len(names)) for style in (*_LEARNT, _HELD_OUT)}
     print(
         f"{len(names):,} emoji and their Korean names. To learn from: as Google (Noto) and Microsoft (Fluent) draw "
         "them; held out: as Twitter does.\nTwemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0."
     )
-    sheets = {style: _cut(road.data / f"{style}.webp", len(names)) for style in (*_LEARNT, _HELD_OUT)}
     rows = {style: _write(pictures, names, road.out / "pictures", style) for style, pictures in sheets.items()}
     learn, test = [row for style in _LEARNT for row in rows[style]], rows[_HELD_OUT]
     # Which update is best is told by a tenth of the pictures to learn from.
@@ -79,10 +75,7 @@ def run(road: Road) -> None:
 
 def _cut(sheet: Path, number: int) -> Pixels:
     """The pictures of a sheet, uint8 [number side side 3]."""
-    import PIL.Image
-
-    with PIL.Image.open(sheet) as image:
-        pixels = np.asarray(image.convert("RGB"))
+    pixels = decode(sheet, _SIDE)
     down = pixels.shape[0] // _SIDE
     grid = pixels[: down * _SIDE].reshape(down, _SIDE, _ACROSS, _SIDE, 3).swapaxes(1, 2)
     return np.ascontiguousarray(grid.reshape(-1, _SIDE, _SIDE, 3)[:number])

@@ -143,10 +143,8 @@ class Next(Output):
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> Next:
-        scale, told = (
-            Scale.from_json(obj["scale"]),
-            (obj["change"], obj["naive"], int(obj["horizon"]), obj["quantiles"]),
-        )
+        scale = Scale.from_json(obj["scale"])
+        told = obj["change"], obj["naive"], int(obj["horizon"]), obj["quantiles"]
         # Models from before these were have none.
         later = int(obj.get("season", 1)), int(obj.get("ahead", 1)), bool(obj.get("changes", False))
         return cls(scale, *told, *later)
