@@ -352,6 +352,7 @@ class CaptionState(NamedTuple):
 
 
 _ENLARGED = 4.0
+"""How many times its state a core that read one step is read by the output layer; see `OneToMany`."""
 
 
 class OneToMany(_Symbols):
@@ -359,10 +360,10 @@ class OneToMany(_Symbols):
 
     h_1 = cell(x_1, 0),  y_u = W (4 h_u) + b,  h_{u+1} = cell(table[word u] or 0, h_u)
 
-    The first word, which is the hardest, is told from one step out of rest, of which gates let through a part: h_1 of
-    an untrained GRU or LSTM is 0.1 to 0.25. Adam moves a weight as far whatever it multiplies, so that with h_1 itself
-    scores grow slowly: after ten epochs of 853 emoji as two artists draw them, 27 % of a third one's were told right,
-    and with 4 h_1 36 %.
+    The first word, which is the hardest, is told from one step out of rest, of which gates let through a part: the
+    root mean square of h_1 in an untrained GRU of 256 or 512 units is 0.24 or 0.18, in an LSTM 0.12 or 0.09, of inputs
+    of deviation 1. Adam moves a weight as far whatever it multiplies, so that with h_1 itself scores grow slowly: after
+    ten epochs of 853 emoji as two artists draw them, 27 % of a third one's were told right, and with 4 h_1 36 %.
     """
 
     def __init__(self, config: Config, reader: Any, core: Core, symbols: int) -> None:
