@@ -255,7 +255,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert "text -> label: many-to-one" in done.stderr
-    assert "now try: unrolled predict" in done.stderr
+    assert f"now try: unrolled predict {folder / 'm'} ...    (a text, a file, or lines on" in done.stderr
     done = run(
         "train", folder / "train.tsv", "--input", "text:text", "--output", "text:target", "--out", folder / "t", *flags
     )

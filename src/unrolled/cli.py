@@ -237,7 +237,8 @@ def train(
     )
     folder = shlex.quote(str(out))
     if model.config.output.kind != "next":
-        typer.echo(f"now try: unrolled predict {folder} ...    (a text, a file, or lines on standard input)", err=True)
+        given = "a text, a file, or lines on standard input" if model.config.input.kind == "text" else "files"
+        typer.echo(f"now try: unrolled predict {folder} ...    ({given})", err=True)
     elif model.config.input.kind == "text":
         typer.echo(f"now try: unrolled generate {folder}    (--prompt TEXT: how it shall begin)", err=True)
     else:
