@@ -383,7 +383,7 @@ def odd_tensor(draw: chance.Random, tensor: Tensor, others: list[Tensor]) -> Any
     if kind == 4:
         return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.repeat_interleave(2)[::2]
     if kind == 5:
-        return tensor.flatten()[:1].expand(tensor.shape) if tensor.numel() else tensor
+        return tensor.flatten()[:1].expand(tensor.shape) if tensor.dim() and tensor.numel() else tensor
     if kind == 6:
         wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype) if tensor.dim() else tensor
         return wide[..., ::2] if tensor.dim() else wide

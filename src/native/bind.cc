@@ -30,6 +30,12 @@ std::array<TensorView, N> views(const nb::tuple& t, const std::array<const char*
     }(std::make_index_sequence<N>{});
 }
 
+// Large tensors that are about to be written for the first time.
+void prefer_large_pages_for(const Views& written) {
+    for (const TensorView* view : written)
+        if (view->given()) prefer_large_pages(view->begin(), view->end());
+}
+
 float* optional_out(const TensorView& view, std::initializer_list<int64_t> shape) {
     if (!view.given()) return nullptr;
     return view.expect(Kind::float32, shape).expect_contiguous().as<float>();
@@ -66,6 +72,7 @@ void forward(int cell, bool bf16, const std::vector<bool>& reverse, nb::handle x
         for (const TensorView& view : kept.back()) written.push_back(&view);
     }
     expect_apart(written, given.read);
+    prefer_large_pages_for(written);
     nb::gil_scoped_release unlocked;
     kernels().forward(f, threads);
 }
@@ -127,6 +134,7 @@ void backward(int cell, bool bf16, const std::vector<bool>& reverse, nb::handle 
         for (const auto& view : wanted.back()) written.push_back(&view);
     }
     expect_apart(written, read);
+    prefer_large_pages_for({&d_x});  // the others hold something already, or are small
     nb::gil_scoped_release unlocked;
     kernels().backward(b, threads);
 }

@@ -130,6 +130,20 @@ void release_scratch() {
     for (const Block& block : blocks) give_back(block.data, block.size);
 }
 
+void prefer_large_pages(const void* begin, const void* end) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 4096;  // where they are larger, the call is refused and nothing is lost
+    const uintptr_t first = reinterpret_cast<uintptr_t>(begin), last = reinterpret_cast<uintptr_t>(end);
+    if (last < first + 2 * large_page) return;
+    // From the page it begins in: an allocator's note before it lies there too, and were that page left out, so would be
+    // the whole large page that it belongs to.
+    const uintptr_t from = first / page * page, to = last / page * page;
+    madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+    static_cast<void>(begin), static_cast<void>(end);
+#endif
+}
+
 size_t scratch_held() {
     std::lock_guard<std::mutex> lock(store->mutex);
     return store->kept + store->in_use;

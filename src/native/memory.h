@@ -35,4 +35,9 @@ size_t scratch_held();
 // Gives what is kept back to the system.
 void release_scratch();
 
+// Asks for large pages where the caller's memory [begin, end) is not backed by any yet: torch's tensors of tens of
+// megabytes are fresh memory at every call, of which a fault for each small page is a sizable part of a layer's time.
+// Nothing happens below some megabytes, and where the system has no such pages.
+void prefer_large_pages(const void* begin, const void* end);
+
 }  // namespace unrolled

@@ -5,9 +5,10 @@ float32 on the CPU; under `torch.autocast("cpu", dtype=torch.bfloat16)` the oper
 everything else stays float32. The contract is in src/native/kernels.h, the equations in `unrolled.cells` and
 `unrolled.tape`.
 
-Where a gradient may be wanted, or the caller is traced (`torch.compile`, `torch.export`, a dispatch mode), the call
-goes through operators of `torch.library`: `unrolled::layer`, `unrolled::linear`, `unrolled::cross_entropy`. Elsewhere
-the kernels are called directly, which is what makes a single step short.
+Where the caller is traced (`torch.compile`, `torch.export`, a dispatch mode) the call goes through operators of
+`torch.library`: `unrolled::layer`, `unrolled::linear`, `unrolled::cross_entropy`. Elsewhere the same functions are
+recorded by autograd without the operators' detour, and where no gradient is wanted the kernels are called directly,
+which is what makes a single step short.
 
 Weights are laid out anew for the kernels at each call (a small share of its work, and where there are few rows it is
 done on the way), so that no change of a weight, by whatever means, is ever missed. `pack` does it once for the many
@@ -236,7 +237,7 @@ def layer(
         torch.stack([getattr(d, k) for d in directions]) if getattr(one, k) is not None else None for k in ("h0", "c0")
     ]
     with torch.autocast("cpu", enabled=False):
-        outputs, h, c, _, cs = _layer_op(
+        outputs, h, c, _, cs = (_layer_recorded if plain() else _layer_op)(
             None if looked_up else inputs.float(),
             inputs if looked_up else None,
             states[0].float(),  # type: ignore[union-attr]
@@ -260,6 +261,22 @@ def layer(
         )
     lstm = name == "lstm"
     return Layer(outputs, h, c if lstm else None, cs if lstm and all_states else None)
+
+
+def _recorded(run: Any, save: Any, gradient: Any) -> Any:
+    """`run` as autograd records it without an operator's detour through the dispatcher, which takes as long as a small
+    layer computes. For where nobody looks at what is called; the arguments are those of the operator."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            found = run(*arguments)
+            save(ctx, arguments, found)
+            return found
+
+        backward = staticmethod(gradient)
+
+    return Recorded.apply
 
 
 def _new(*shape: int) -> Tensor:
@@ -466,19 +483,22 @@ def _split(arguments: Sequence[Any]) -> tuple[Tensor, list[Direction]]:
     return (x if ids is None else ids), directions
 
 
-@torch.library.custom_op(
-    "unrolled::layer",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_INPUTS}, bool record, int block) -> (Tensor outputs, Tensor h, Tensor c, Tensor tape, Tensor cs)",
-)
-def _layer_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _layer_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     name, bf16, record = arguments[_TENSORS], arguments[_TENSORS + 2], arguments[_TENSORS + 3]
     inputs, directions = _split(arguments)
     with torch.no_grad():
         run, tape = forward_into(name, inputs, directions, arguments[4], bf16=bf16, record=record, cs=True)
     absent = [_new(0) if t is None else t for t in (run.c, tape, run.cs)]
     return run.outputs, run.h, absent[0], absent[1], absent[2]
+
+
+_layer_op = torch.library.custom_op(
+    "unrolled::layer",
+    _layer_forward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_INPUTS}, bool record, int block) -> (Tensor outputs, Tensor h, Tensor c, Tensor tape, Tensor cs)",
+)
 
 
 @_layer_op.register_fake
@@ -498,14 +518,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op(
-    "unrolled::layer_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_INPUTS}, int block, Tensor outputs, Tensor tape, Tensor cs, Tensor? d_outputs, Tensor? d_h, "
-    "Tensor? d_c, Tensor? d_cs, bool[] needs) -> Tensor[]",
-)
-def _layer_backward_op(*arguments: Any) -> list[Tensor]:
+def _layer_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of x, h0, c0 and then of the eight weights; an empty tensor where there is none."""
     name, bf16, block = arguments[_TENSORS], arguments[_TENSORS + 2], arguments[_TENSORS + 3]
     outputs, tape, cs, d_outputs, d_h, d_c, d_cs, needs = arguments[_TENSORS + 4 :]
@@ -536,6 +549,16 @@ def _layer_backward_op(*arguments: Any) -> list[Tensor]:
             block=block,
         )
     return [_new(0) if t is None else t for t in (d_x, d_h0, d_c0, *grads)]
+
+
+_layer_backward_op = torch.library.custom_op(
+    "unrolled::layer_backward",
+    _layer_backward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_INPUTS}, int block, Tensor outputs, Tensor tape, Tensor cs, Tensor? d_outputs, Tensor? d_h, "
+    "Tensor? d_c, Tensor? d_cs, bool[] needs) -> Tensor[]",
+)
 
 
 @_layer_backward_op.register_fake
@@ -569,7 +592,7 @@ def _layer_gradient(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # A second derivative may be wanted: the reference path's gradient has a history of its own.
         return _reference_gradient(ctx.plain, tensors, needs, (d_outputs, d_h, d_c, d_cs))
-    d_x, d_h0, d_c0, *d_weights = _layer_backward_op(
+    d_x, d_h0, d_c0, *d_weights = (_layer_backward if plain() else _layer_backward_op)(
         *tensors, *ctx.plain, ctx.block, outputs, tape, cs, d_outputs, d_h, d_c, d_cs, needs
     )
     found = [d_x, None, d_h0, d_c0, None, None, None, *d_weights]
@@ -619,6 +642,9 @@ def set_reference(reference: Any) -> None:
 _layer_op.register_autograd(_layer_gradient, setup_context=_save_layer)
 
 
+_layer_recorded = _recorded(_layer_forward, _save_layer, _layer_gradient)
+
+
 # -------------------------------------------------------------------------------------------- the output side
 
 
@@ -629,12 +655,12 @@ def linear(x: Float[Tensor, "... K"], weight: Float[Tensor, "N K"], bias: Float[
     """
     flat = x.reshape(-1, x.shape[-1]).float()
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    bf16 = _bf16()
     if not grad and plain():
-        y = _linear(flat, weight, bias, _bf16())
+        y = _linear(flat, weight, bias, bf16)
     else:
-        bf16 = _bf16()
         with torch.autocast("cpu", enabled=False):
-            y = _linear_op(flat, weight, bias, bf16)
+            y = (_linear_recorded if plain() else _linear_op)(flat, weight, bias, bf16)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -683,6 +709,7 @@ def _linear_gradient(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
 
 
 _linear_op.register_autograd(_linear_gradient, setup_context=_save_linear)
+_linear_recorded = _recorded(_linear, _save_linear, _linear_gradient)
 
 
 def cross_entropy(
@@ -700,18 +727,12 @@ def cross_entropy(
     needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     bf16 = _bf16()
     with torch.autocast("cpu", enabled=False):
-        loss: Tensor = _cross_entropy_op(x.float(), weight, bias, targets, bf16, needs)[0]
+        run = _cross_entropy_recorded if plain() else _cross_entropy_op
+        loss: Tensor = run(x.float(), weight, bias, targets, bf16, needs)[0]
     return loss
 
 
-@torch.library.custom_op(
-    "unrolled::cross_entropy",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor targets, bool bf16, bool gradient) "
-    "-> (Tensor loss, Tensor d_x, Tensor d_weight, Tensor d_bias)",
-)
-def _cross_entropy_op(
+def _cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, bf16: bool, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
@@ -733,6 +754,16 @@ def _cross_entropy_op(
         )
         absent = [_new(0) if t is None else t for t in (d_x, d_weight, d_bias)]
         return torch.tensor(loss, dtype=torch.float32, device="cpu"), absent[0], absent[1], absent[2]
+
+
+_cross_entropy_op = torch.library.custom_op(
+    "unrolled::cross_entropy",
+    _cross_entropy,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor targets, bool bf16, bool gradient) "
+    "-> (Tensor loss, Tensor d_x, Tensor d_weight, Tensor d_bias)",
+)
 
 
 @_cross_entropy_op.register_fake
@@ -772,6 +803,7 @@ def _cross_entropy_gradient(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[A
 
 
 _cross_entropy_op.register_autograd(_cross_entropy_gradient, setup_context=_save_cross_entropy)
+_cross_entropy_recorded = _recorded(_cross_entropy, _save_cross_entropy, _cross_entropy_gradient)
 
 
 # ------------------------------------------------------------------------------------------------ kept copies
