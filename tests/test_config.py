@@ -91,6 +91,7 @@ def test_defaults() -> None:
             "scheduled_sampling": 0.0,
             "horizon": 24,
             "season": 1,
+            "base": "season",
             "ahead": 1,
             "changes": False,
             "quantiles": [],
@@ -192,6 +193,7 @@ def test_each_message_says_what_is_expected() -> None:
         "output.scheduled_sampling": "a number >= 0 and <= 1",
         "output.horizon": "an integer >= 1",
         "output.season": "an integer >= 1",
+        "output.base": "season or last",
         "output.ahead": "an integer >= 1",
         "output.changes": "true or false",
         "output.quantiles": "a list of numbers > 0 and < 1",
@@ -314,12 +316,12 @@ def test_each_setting_takes_what_it_says_and_nothing_else(key: str) -> None:
 # ---------------------------------------------------------------- messages
 
 OUTPUT = (
-    "ahead, attention, changes, columns, embedding, feed, horizon, input_feeding, kind, label_smoothing, "
+    "ahead, attention, base, changes, columns, embedding, feed, horizon, input_feeding, kind, label_smoothing, "
     "max_vocabulary, min_count, pooling, quantiles, scheduled_sampling, season, tied, unit"
 )
 OUTPUT_ORDER = (
     "kind, columns, tied, pooling, unit, embedding, max_vocabulary, min_count, attention, feed, "
-    "input_feeding, label_smoothing, scheduled_sampling, horizon, season, ahead, changes, quantiles"
+    "input_feeding, label_smoothing, scheduled_sampling, horizon, season, base, ahead, changes, quantiles"
 )
 CORE = "bidirectional, cell, chrono, dropout, forget_bias, hidden, init, layers, locked, recurrent_dropout"
 
@@ -555,7 +557,7 @@ def test_unknown_flags(name: str, said: str) -> None:
 def test_a_flag_like_no_other_is_answered_with_all_of_them() -> None:
     said = message(lambda: flag_key("qqq"))
     assert said.startswith(
-        "unknown setting 'qqq': known: ahead, attention, augment, average, backend, batch_size, betas, "
+        "unknown setting 'qqq': known: ahead, attention, augment, average, backend, base, batch_size, betas, "
     )
     assert all(about.name in said for about in flat_keys().values())
 

@@ -534,6 +534,7 @@ def test_a_series_is_forecast_from_the_command_line(tmp_path: Path) -> None:
     assert "series -> next: many-to-many, aligned, autoregressive (forecasting)" in done.stderr
     figures = json.loads(run("evaluate", tmp_path / "m", tmp_path / "power.csv", "--json").stdout)
     assert figures["mase"] < 0.2 * figures["naive"]["mase"]
+    assert "last" not in figures  # without a season it is the naive one
     (line,) = run("predict", tmp_path / "m", tmp_path / "power.csv").stdout.splitlines()
     found = [float(step) for step in line.split("; ")]
     assert found == pytest.approx([10 + math.sin(2 * math.pi * t / 12) for t in range(600, 606)], abs=0.25)

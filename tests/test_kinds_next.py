@@ -102,8 +102,11 @@ def test_only_the_series_that_is_read_can_be_forecast() -> None:
 @pytest.mark.parametrize("season, wanted", [(1, [6, 6, 6, 6, 6]), (3, [4, 5, 6, 4, 5]), (9, [6, 6, 6, 6, 6])])
 def test_the_trivial_forecast_is_that_of_one_season_ago(season: int, wanted: list[int]) -> None:
     chosen = config(f"output.season={season}", "output.horizon=5")
-    learnt = Next.learn([LONG], chosen)
-    np.testing.assert_array_equal(learnt.trivial(SHORT, chosen), SHORT[wanted])
+    found = Next.learn([LONG], chosen).trivial(SHORT, chosen)
+    np.testing.assert_array_equal(found["naive"], SHORT[wanted])
+    assert ("last" in found) == (season > 1)  # else the two are one
+    if season > 1:
+        np.testing.assert_array_equal(found["last"], SHORT[[6] * 5])
 
 
 # --- the loss
@@ -256,6 +259,17 @@ def told(model: Small, series: Any) -> list[Any]:
     return found
 
 
+def test_with_its_base_the_last_step_it_says_that_nothing_changes() -> None:
+    """And is judged by the same scale as one that starts from a season ago."""
+    settings = ("output.horizon=9", "output.season=5", "output.base=last")
+    model = small([LONG], *settings).eval()
+    (answer,) = model.raw([LONG])
+    value = model.output.answer(answer).value
+    np.testing.assert_allclose(value, model.output.trivial(LONG, config(*settings))["last"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(model.output.naive, small([LONG], *settings[:2]).output.naive)
+    assert model.writer.reach == 1
+
+
 @pytest.mark.parametrize("season", [1, 2, 5, 7, 30])
 def test_untrained_it_says_that_all_is_as_a_season_ago(season: int) -> None:
     model = small([LONG], "output.horizon=9", f"output.season={season}").eval()
@@ -263,7 +277,7 @@ def test_untrained_it_says_that_all_is_as_a_season_ago(season: int) -> None:
     for answer, raw in zip(model.raw([LONG, SHORT]), (LONG, SHORT), strict=True):
         if len(raw) > season:
             value = model.output.answer(answer).value
-            np.testing.assert_allclose(value, model.output.trivial(raw, chosen), rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(value, model.output.trivial(raw, chosen)["naive"], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", ["false", "true"])

@@ -258,11 +258,12 @@ def test_series_counted_by_hand() -> None:
 
 def test_the_naive_forecast_is_scored_beside() -> None:
     score = SeriesScore([2.0])
-    score.add(answer([1.0, 2.0]), [2.0, 4.0], naive=[2.0, 2.0])
-    score.add(answer([7.0]), [6.0], naive=[[2.0]])
+    score.add(answer([1.0, 2.0]), [2.0, 4.0], naive=[2.0, 2.0], last=[1.0, 1.0])
+    score.add(answer([7.0]), [6.0], naive=[[2.0]], last=[[2.0]])
     figures = score.figures()
     assert (figures["mae"], figures["mase"]) == (near(4 / 3), near(2 / 3))
     assert figures["naive"] == {"mae": 2.0, "mase": 1.0, "mse": near(20 / 3)}
+    assert figures["last"] == {"mae": near(8 / 3), "mase": near(4 / 3), "mse": near(26 / 3)}
     assert "columns" not in figures
 
 

@@ -194,7 +194,10 @@ class OutputConfig(_Section):
         0.0, ge=0, le=1, description="Share of the decoder's inputs that are its own words, in training; 0: forced."
     )
     horizon: int = Field(24, ge=1, description="How many steps ahead a series is forecast.")
-    season: int = Field(1, ge=1, description="Steps of a season: forecasts start from what was a season ago (1: none).")
+    season: int = Field(1, ge=1, description="Steps of a season of the series that is forecast (1: it has none).")
+    base: Literal["season", "last"] = Field(
+        "season", description="What a forecast starts from: what was a season ago, or the last step."
+    )
     ahead: int = Field(1, ge=1, description="How many steps ahead are learnt, own forecasts fed back as in use.")
     changes: bool = Field(
         False, description="Read how much a series changes from step to step, in place of its levels."

@@ -74,7 +74,7 @@ def judge_examples(
         done = 0
         while part := list(islice(found, _AT_ONCE)):
             for (_, answer), (given, expected) in zip(part, raw([number for number, _ in part]), strict=True):
-                beside = {"naive": output.trivial(given, model.config)} if isinstance(output, Next) else {}
+                beside = output.trivial(given, model.config) if isinstance(output, Next) else {}
                 score.add(answer, expected, **beside)
             done += len(part)
             watcher.update(done)

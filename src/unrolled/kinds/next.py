@@ -109,7 +109,9 @@ class Next(Output):
         if not isinstance(reader, NumbersReader) or reader.step_size != self.scale.width:
             raise ConfigError("output.kind: next forecasts the series that is read: expected input.kind series")
         change = self.change / self.scale.deviation
-        settings = self.horizon, self.quantiles, self.season, self.ahead, self.changes
+        # A series that wanders may have seasons and still be told best from its last step.
+        season = 1 if config.output.base == "last" else self.season
+        settings = self.horizon, self.quantiles, season, self.ahead, self.changes
         return SeriesWriter(core.output_size, change, *settings)
 
     def answer(self, raw: Tensor) -> Answer:
@@ -119,12 +121,14 @@ class Next(Output):
         named = {f"{share:g}": found for share, found in zip(self.quantiles, quantiles, strict=True)}
         return Answer(middle, text, {"quantiles": named} if named else {})
 
-    def trivial(self, context: npt.NDArray[Any], config: Config) -> npt.NDArray[Any]:
-        """The forecast that a model has to beat, [horizon F]: each step as one season before; where the context is
-        shorter than a season, as its last step."""
+    def trivial(self, context: npt.NDArray[Any], config: Config) -> dict[str, npt.NDArray[Any]]:
+        """The forecasts that a model has to beat, each [horizon F]. naive: each step as one season before, and as the
+        last step where the context is shorter than a season. last, where there is a season: all as the last step,
+        which is the better one of a series that wanders."""
         season = config.output.season if config.output.season <= len(context) else 1
-        rows = len(context) - season + np.arange(self.horizon) % season
-        return np.asarray(context)[rows]
+        steps = np.arange(self.horizon)
+        found = {"naive": np.asarray(context)[len(context) - season + steps % season]}
+        return found if config.output.season == 1 else {**found, "last": np.asarray(context)[np.full(self.horizon, -1)]}
 
     def score(self, config: Config) -> Score:
         return SeriesScore(self.naive)

@@ -246,7 +246,8 @@ class SeriesScore(Score):
             never changed, has none and is left out.
         pinball: of each quantile q that was forecast, mean max(q (y - ŷ), (q - 1) (y - ŷ)) (Koenker and Bassett 1978).
         coverage: of each quantile, the share of y at or below it, which should be q.
-        naive: mae, mse and mase of the naive forecasts, if they were given.
+        naive, last: mae, mse and mase of the seasonal-naive forecasts and of those that nothing changes, if they were
+            given.
         examples, numbers: how many forecasts, and numbers in them.
         columns: mae, mse and mase of each column, where there are several.
 
@@ -256,26 +257,29 @@ class SeriesScore(Score):
 
     def __init__(self, scale: npt.ArrayLike) -> None:
         self._scale = np.asarray(scale, np.float64)
-        self._errors, self._naive = _Errors(len(self._scale)), _Errors(len(self._scale))
+        self._errors = _Errors(len(self._scale))
+        self._beside = {name: _Errors(len(self._scale)) for name in ("naive", "last")}
         self._pinball: dict[str, float] = {}
         self._covered: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()
         self._examples = 0
 
-    def add(self, answer: Answer, expected: Any, naive: Any = None) -> None:
-        """One more forecast; all three are arrays [horizon F], or [horizon] where F is 1.
+    def add(self, answer: Answer, expected: Any, naive: Any = None, last: Any = None) -> None:
+        """One more forecast; all are arrays [horizon F], or [horizon] where F is 1.
 
         Args:
             answer: with quantiles, if there are any, in `details["quantiles"]`: `{"0.1": array, ...}`.
-            naive: what the seasonal-naive forecast says here, to be scored beside; for all forecasts or for none.
+            naive, last: what the seasonal-naive forecast and the one that nothing changes say here, to be scored
+                beside; each for all forecasts or for none.
 
         Raises:
             DataError: something is no finite number, or of another size.
         """
         wanted = _rows(expected, len(self._scale), "expected")
         self._errors.add(wanted, _rows(answer.value, len(self._scale), "answer"))
-        if naive is not None:
-            self._naive.add(wanted, _rows(naive, len(self._scale), "naive"))
+        for name, beside in (("naive", naive), ("last", last)):
+            if beside is not None:
+                self._beside[name].add(wanted, _rows(beside, len(self._scale), name))
         for name, forecast in answer.details.get("quantiles", {}).items():
             error, q = _errors(wanted, _rows(forecast, len(self._scale), f"quantile {name}")), float(name)
             self._pinball[name] = self._pinball.get(name, 0.0) + float(np.maximum(q * error, (q - 1) * error).sum())
@@ -294,12 +298,12 @@ class SeriesScore(Score):
         if self._counted:
             figures["pinball"] = {name: total / self._counted[name] for name, total in self._pinball.items()}
             figures["coverage"] = {name: self._covered[name] / n for name, n in self._counted.items()}
-        if self._naive.rows:
-            if self._naive.rows != self._errors.rows:
-                raise DataError(
-                    f"naive forecasts: expected {self._errors.rows} steps, as forecast, got {self._naive.rows}"
-                )
-            figures["naive"], _ = self._of(self._naive)
+        for name, beside in self._beside.items():
+            if not beside.rows:
+                continue
+            if beside.rows != self._errors.rows:
+                raise DataError(f"{name} forecasts: expected {self._errors.rows} steps, as forecast, got {beside.rows}")
+            figures[name], _ = self._of(beside)
         return {**figures, **({"columns": columns} if len(columns) > 1 else {})}
 
     def _of(self, errors: _Errors) -> tuple[dict[str, Any], list[dict[str, Any]]]:
