@@ -385,6 +385,15 @@ def test_bad_examples_are_skipped_if_asked(folder: Path, tmp_path: Path) -> None
     done = run("train", folder / "holes.tsv", "--input", "text", "--output", "label", *flags)
     assert done.returncode == 0, done.stderr
     assert "holes.tsv, line 42: the text is empty" in done.stderr
+    (folder / "more.tsv").write_text("text\tlabel\n" + "\tyes\n" * 12 + "good\tyes\nbad\tno\n", "utf-8")
+    done = run("evaluate", tmp_path / "m", folder / "more.tsv", "--skip-bad")
+    assert [line.split(": the")[0] for line in done.stderr.splitlines() if line.startswith("left out")] == [
+        *(f"left out: {folder / 'more.tsv'}, line {line}" for line in range(2, 12)),
+        "left out: 2 more",
+    ]
+    done = run("train", folder / "more.tsv", "--valid", folder / "holes.tsv", "--input", "text", "--output", "label",
+               "--force", *flags)  # fmt: skip
+    assert "left out: 2 more" in done.stderr
 
 
 def test_a_language_model_does_not_predict_labels(tmp_path: Path) -> None:
