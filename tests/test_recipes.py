@@ -14,14 +14,17 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from unrolled.cells import cell_names
+from unrolled.cli import app
 from unrolled.config import load_config, resolve
 from unrolled.demo.road import DATA as SHIPPED
+from unrolled.storage import read_json, write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/recipe.yaml"))
@@ -389,6 +392,105 @@ def test_runner_goes_from_data_to_figures(
     assert call(small, "--data", tmp_path / "data", "--out", out) == 2
     assert "holds a model: go on with it (--resume)" in capfd.readouterr().err
     assert (out / "gru" / "train.log").read_text("utf-8") == log
+
+
+def test_a_resumed_training_took_as_long_as_all_its_parts(
+    small: Path, tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, clock, stopped = tmp_path / "out", 1000.0, 0
+
+    def follow(command: list[str], folder: Path, log: TextIO) -> None:
+        """Takes 100 s; if `stopped`, Ctrl-C comes after so many updates."""
+        nonlocal clock
+        clock += 100
+        more = ["--set", f"training.steps={stopped}"] if stopped else []
+        done = CliRunner().invoke(app, [*command, "--no-report", *more])
+        assert done.exit_code == 0, done.output
+        if stopped:
+            raise KeyboardInterrupt
+
+    def told() -> list[str]:
+        return [line for line in (out / "gru" / "train.log").read_text("utf-8").splitlines() if line.startswith("# ")]
+
+    def go_on(*more: str) -> float:
+        assert call(small, "--data", tmp_path / "data", "--out", out, *more) == 0
+        seconds: float = json.loads((out / "result.json").read_text("utf-8"))["models"]["gru"]["train_seconds"]
+        return seconds
+
+    out.mkdir()
+    monkeypatch.chdir(out)
+    monkeypatch.setattr(runner, "follow", follow)
+    monkeypatch.setattr(runner, "capture", lambda command, folder: "{}")
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock)
+    stopped = 10
+    assert call(small, "--data", tmp_path / "data", "--out", out) == 130
+    assert told() == ["# trained for 100.0 s so far"]
+    stopped = 20
+    assert call(small, "--data", tmp_path / "data", "--out", out, "--resume") == 130
+    assert told()[1:] == ["# trained for 200.0 s so far"]
+    stopped = 0
+    assert go_on("--resume") == 300
+    assert go_on("--resume") == 300, "there was nothing left to do"
+
+    # Killed, it could not say how long it took: what training counted up to its last checkpoint is known.
+    (out / "gru" / "train.log").unlink()
+    state = out / "gru" / "checkpoints" / "0000000030" / "state.json"
+    content = read_json(state, "checkpoint")
+    write_json(state, "checkpoint", {**content, "position": {**content["position"], "seconds": 250.0}})
+    assert go_on("--resume", "--set", "training.steps=40") == 350
+    assert go_on("--force") == 100
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner prepares, and trains nothing."""
+    monkeypatch.setattr(runner, "train_and_evaluate", lambda *_: {"evaluation": {}, "train_seconds": 0.0})
+
+
+@pytest.mark.usefixtures("untrained")
+def test_files_that_are_prepared_are_kept(
+    small: Path, tmp_path: Path, call: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    program = (small / "prepare.py").read_text("utf-8")
+    (small / "prepare.py").write_text(
+        f"{program}    (out / 'more').mkdir(exist_ok=True)\n    (out / 'more' / 'count.txt').open('a').write('x')\n",
+        "utf-8",
+    )
+
+    def times(*more: str) -> int:
+        """How often the files have been prepared."""
+        assert call(small, "--data", data, "--out", out, *more) == 0
+        return len((out / "more" / "count.txt").read_text("utf-8"))
+
+    assert times() == 1
+    assert "prepared: train.txt, valid.txt\n" in capfd.readouterr().out
+    assert times("--resume") == 1
+    assert "prepared before: train.txt, valid.txt\n" in capfd.readouterr().out
+    assert times("--force") == 2, "all is to be made anew"
+    (out / "valid.txt").unlink()
+    assert times("--resume") == 3
+    (out / "prepared.json").unlink()
+    assert times("--resume") == 4, "it was interrupted: nobody knows what is whole"
+    with (small / "prepare.py").open("a", encoding="utf-8") as file:
+        file.write("    # made in another way\n")
+    assert times("--resume") == 5
+    assert times("--resume") == 5
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_preparation_that_is_interrupted_is_done_again(small: Path, tmp_path: Path, call: Callable[..., int]) -> None:
+    out, program = tmp_path / "out", (small / "prepare.py").read_text("utf-8")
+    arguments = (small, "--data", tmp_path / "data", "--out", out)
+    assert call(*arguments) == 0
+    (small / "prepare.py").write_text(program.replace("text[2000:]", "1 / 0"), "utf-8")
+    with pytest.raises(ZeroDivisionError):
+        call(*arguments, "--force")
+    assert not (out / "prepared.json").exists()
+    (small / "prepare.py").write_text(program, "utf-8")
+    (out / "train.txt").write_text("half", "utf-8")
+    assert call(*arguments, "--resume") == 0
+    assert len((out / "train.txt").read_text("utf-8")) == 2000
 
 
 def test_other_data_is_refused(
