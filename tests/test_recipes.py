@@ -5,17 +5,20 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import re
 import sys
 import tarfile
+import wave
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -295,6 +298,61 @@ def test_one_style_of_emoji_is_never_seen(tmp_path: Path) -> None:
         assert picture.getcolors() == [(48 * 48, (255, 0, 0))]
 
 
+def recording(samples: np.ndarray) -> bytes:
+    """A .wav file of 8 kHz."""
+    content = io.BytesIO()
+    with wave.open(content, "wb") as sound:
+        sound.setparams((1, 2, 8000, len(samples), "NONE", ""))
+        sound.writeframes(samples.astype("<i2").tobytes())
+    return content.getvalue()
+
+
+def test_each_speaker_of_digits_is_in_one_part_alone(tmp_path: Path) -> None:
+    time = np.arange(4000) / 8000
+    tone = np.round(9000 * np.sin(2 * np.pi * 1000 * time) * np.linspace(0, 1, len(time)))  # louder and louder
+    said = {
+        f"{digit}_{speaker}_{number}.wav": recording(tone * (1 + digit) / 4 if number else tone[:150])
+        for digit in range(3)
+        for speaker in ("george", "theo", "yweweler", "lucas")
+        for number in (0, 19)
+    }
+    with tarfile.open(tmp_path / "recordings_00-19.tar.xz", "w:xz") as tar:
+        for name, content in {**dict(reversed(said.items())), "README.md": b"no recording"}.items():
+            member = tarfile.TarInfo(f"recordings/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    out = tmp_path / "out"
+    out.mkdir()
+    runner.load_prepare(RECIPES / "spoken-digits")(tmp_path, out)
+    tables = {part: (out / f"{part}.csv").read_text("utf-8").splitlines() for part in ("train", "valid", "test")}
+    assert {lines.pop(0) for lines in tables.values()} == {"file,digit"}
+    heard = {
+        part: {re.fullmatch(r"spectra/\d_(\w+?)_\d+(_[\d.]+)?\.npy,\d", line)[1] for line in lines}  # type: ignore[index]
+        for part, lines in tables.items()
+    }
+    assert heard == {"train": {"george", "lucas"}, "valid": {"theo"}, "test": {"yweweler"}}
+    assert tables["test"][:3] == [f"spectra/{name}.npy,{name[0]}" for name in
+                                  ("0_yweweler_0", "0_yweweler_19", "1_yweweler_0")]  # fmt: skip
+    assert tables["train"][:3] == [f"spectra/0_george_0{warp}.npy,0" for warp in ("", "_0.88", "_1.12")]
+    assert [len(lines) for lines in tables.values()] == [3 * 2 * 2 * 3, 3 * 2, 3 * 2]
+    every = [line.split(",") for lines in tables.values() for line in lines]
+    assert all(Path(file).name.startswith(f"{digit}_") for file, digit in every)
+    assert {path.name for path in (out / "spectra").iterdir()} == {Path(file).name for file, _ in every}
+
+    # A window of 25 ms each 10 ms, and of each band how loud it is beside its mean: the same however loud the whole is.
+    short, whole, louder = (np.load(out / "spectra" / f"{name}.npy") for name in
+                            ("0_theo_0", "0_theo_19", "2_theo_19"))  # fmt: skip
+    assert (whole.dtype, whole.shape, short.shape) == (np.float32, (1 + (4000 - 200) // 80, 32), (1, 32))
+    assert not short.any(), "one window is its own mean"
+    np.testing.assert_allclose(whole.mean(0), 0, atol=1e-5)
+    names = runner.load_prepare(RECIPES / "spoken-digits").__globals__
+    bands = {warp: int(np.argmax(names["mel_bands"](warp)[:, 32])) for warp in names["WARPS"]}  # 1,000 Hz: 32 of 256
+    assert bands[1.12] < bands[1.0] < bands[0.88], "what is as high lies lower in a voice of which all lies higher"
+    tone = bands[1.0]
+    assert whole[-1, tone] - whole[1, tone] > 4
+    np.testing.assert_allclose(louder[2:, tone], whole[2:, tone], atol=0.02)  # samples are rounded
+
+
 def test_photographs_are_parted_by_their_names(tmp_path: Path) -> None:
     names = [f"{n:04}.jpg" for n in range(1000)]
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
@@ -317,6 +375,11 @@ def test_photographs_are_parted_by_their_names(tmp_path: Path) -> None:
     }
     first = {part: [row["file"][-8:-4] for row in rows][::99] for part, rows in made.items()}
     assert first == {"learnt": ["0000", "0099"], "valid": ["0800", "0899"], "test": ["0900", "0999"]}
+    shown = {part: {row["file"] for row in rows} for part, rows in made.items()}
+    trained_on = {line.partition("\t")[0] for line in learnt[1:]}
+    assert shown["learnt"] < trained_on
+    assert trained_on | shown["valid"] | shown["test"] == {f"photographs/{name}" for name in names}
+    assert len(trained_on) + len(shown["valid"]) + len(shown["test"]) == len(names), "one is in two parts"
     assert made["test"][1] == {
         "file": "photographs/0901.jpg", "caption": [f"a dog , number 901 of {k}" for k in range(5)]
     }  # fmt: skip
