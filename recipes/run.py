@@ -18,15 +18,21 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+from unrolled.checkpoints import checkpoint_steps
 from unrolled.doctor import examine
+from unrolled.errors import StorageError
+from unrolled.storage import read_json
 
 HERE = Path(__file__).resolve().parent
+RESULT, PREPARED = "result.json", "prepared.json"
+TRAINED = "# trained for {:.1f} s so far"
+"""What train.log says at the end of each training or part of one."""
 
 
 class RecipeError(Exception):
@@ -125,10 +131,12 @@ def run(
         raise RecipeError(f"the recipe has no model {only!r}: choose from {', '.join(models)}")
     found = find_data(recipe, data)
     out.mkdir(parents=True, exist_ok=True)
-    load_prepare(folder)(data, out)
-    path = out / "result.json"
-    prepared = sorted(file.name for file in out.iterdir() if file.is_file() and file != path)
-    print(f"prepared: {', '.join(prepared)}", flush=True)
+    path = out / RESULT
+    ready = "--resume" in (more or []) and prepared_before(folder, found, out, models)
+    if not ready:
+        prepare_files(folder, data, found, out, models)
+    prepared = sorted(name for name in files_in(out, models) if "/" not in name)
+    print(f"{'prepared before' if ready else 'prepared'}: {', '.join(prepared)}", flush=True)
     print(f"$ cd {shlex.quote(str(out))}", flush=True)
     old = json.loads(path.read_text("utf-8"))["models"] if only and path.exists() else {}
     result: dict[str, Any] = {"recipe": folder.name, "data": found, "machine": examine(), "models": old}
@@ -144,6 +152,45 @@ def run(
         print(f"{name}: {told(model['evaluation'], recipe['figures'])}; trained {model['train_seconds']:,.0f} s")
     print(f"written: {path}")
     return result
+
+
+def prepare_files(folder: Path, data: Path, found: dict[str, str], out: Path, models: Iterable[str]) -> None:
+    """Have the recipe prepare its files in `out`, and note at the end of what they were made.
+
+    found: the data's files, name -> sha256.
+    """
+    (out / PREPARED).unlink(missing_ok=True)
+    load_prepare(folder)(data, out)
+    note = json.dumps(preparation(folder, found, out, models), indent=1)
+    (out / PREPARED).write_text(note + "\n", "utf-8")
+
+
+def prepared_before(folder: Path, found: dict[str, str], out: Path, models: Iterable[str]) -> bool:
+    """Whether `out` holds the files as this recipe made them of this data; not so if that was interrupted."""
+    try:
+        noted = json.loads((out / PREPARED).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(noted == preparation(folder, found, out, models))
+
+
+def preparation(folder: Path, found: dict[str, str], out: Path, models: Iterable[str]) -> dict[str, Any]:
+    """What tells one preparation from another: data, program, and names and sizes of the files that were made."""
+    files = files_in(out, models)
+    listed = "".join(f"{size} {name}\n" for name, size in sorted(files.items()))
+    return {
+        "data": found,
+        "prepare.py": hashlib.sha256((folder / "prepare.py").read_bytes()).hexdigest(),
+        "files": len(files),
+        "names and sizes": hashlib.sha256(listed.encode()).hexdigest(),
+    }
+
+
+def files_in(out: Path, models: Iterable[str]) -> dict[str, int]:
+    """The prepared files, path below `out` -> size: all that is no model's and not the runner's own."""
+    paths = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    others = {*models, RESULT, PREPARED}
+    return {name: path.stat().st_size for name, path in paths.items() if name.partition("/")[0] not in others}
 
 
 def told(evaluation: dict[str, Any], names: Sequence[str]) -> str:
@@ -170,20 +217,53 @@ def train_and_evaluate(model: Path, train: list[str], evaluate: list[str], more:
             f"{model} holds a model: go on with it (--resume), replace it (--force) or name another --out"
         )
     train = [*train, *(more if begun else [])]
-    began = time.monotonic()
+    resumed = "--resume" in train
     model.mkdir(exist_ok=True)
-    with (model / "train.log").open("a" if "--resume" in train else "w", encoding="utf-8") as log:
-        follow(train, model.parent, log)
-    train_seconds = time.monotonic() - began
+    step, earlier = trained_before(model) if resumed else (0, 0.0)
+    seconds, began = earlier, time.monotonic()
+    with (model / "train.log").open("a" if resumed else "w", encoding="utf-8") as log:
+        try:
+            follow(train, model.parent, log)
+        finally:  # interrupted, it counts too; where nothing was left to do, it does not
+            if not resumed or last_checkpoint(model)[0] != step:
+                seconds += time.monotonic() - began
+            log.write(TRAINED.format(seconds) + "\n")
     evaluation = json.loads(capture(evaluate, model.parent))
     print(json.dumps(evaluation, ensure_ascii=False))
     return {
         "config": yaml.safe_load((model / "config.yaml").read_text("utf-8")),
         "weights": weights_in((model / "train.log").read_text("utf-8")),
-        "train_seconds": round(train_seconds, 1),
+        "train_seconds": round(seconds, 1),
         "commands": [shown(train), shown(evaluate)],
         "evaluation": evaluation,
     }
+
+
+def trained_before(model: Path) -> tuple[int, float]:
+    """How many updates a training that is to be gone on with has made, and in how many seconds.
+
+    The log has them from start to end of the command. One that was killed had no time to say so; of that, what training
+    itself counted up to its last checkpoint is known.
+    """
+    step, counted = last_checkpoint(model)
+    try:
+        log = (model / "train.log").read_text("utf-8")
+    except FileNotFoundError:
+        log = ""
+    said = re.findall(re.escape(TRAINED).replace(r"\{:\.1f\}", r"([\d.]+)"), log)
+    return step, max(counted, float(said[-1]) if said else 0.0)
+
+
+def last_checkpoint(model: Path) -> tuple[int, float]:
+    """Updates up to a model's last checkpoint, and the seconds that they took."""
+    steps = checkpoint_steps(model)
+    if not steps:
+        return 0, 0.0
+    try:
+        state = read_json(model / "checkpoints" / f"{steps[-1]:010}" / "state.json", "checkpoint")
+    except StorageError:
+        return steps[-1], 0.0  # `unrolled train --resume` says what is wrong with it
+    return steps[-1], float(state["position"]["seconds"])
 
 
 def weights_in(log: str) -> int | None:

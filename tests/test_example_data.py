@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from hypothesis import strategies as st
 
 from unrolled.config import resolve
 from unrolled.data import Batches, Examples, encode_examples, forecast_values, open_data, read_values
+from unrolled.data.examples import Values
 from unrolled.data.ragged import Ragged, RaggedWriter
 from unrolled.data.scratch import Held
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds import Ends, Label, Labels, Number, Text
+from unrolled.progress import Silent
+from unrolled.training.courses import _Told
 
 ROWS = [{"text": text, "label": label} for text, label in [("a b c", "x"), ("d", "y"), ("e f", "x"), ("g h i j", "y")]]
 
@@ -123,8 +128,37 @@ def test_bad_examples_are_skipped_and_listed_if_asked() -> None:
     examples = encode_examples(values, ends, skip_bad=True)
     assert examples.kept.tolist() == [0, 1, 2, 3, 6]
     assert [bad.why.split(":")[0] for bad in examples.bad] == ["the text is empty", "the label is empty"]
+    assert examples.left_out == 2
     assert [len(examples.inputs[0][i]) for i in range(5)] == [5, 1, 3, 7, 4]
     assert examples.outputs[0].lengths.tolist() == [1] * 5
+
+
+def peak_of(rows: int) -> int:
+    """Bytes that Python held at most while labels were learnt and encoded, all but the last two of the table empty."""
+
+    def get(numbers: Sequence[int]) -> Iterator[tuple[Any, Any]]:
+        return (("fine", "xy"[number % 2] if number >= rows - 2 else "") for number in numbers)
+
+    config = config_of(skip_bad=True)
+    values = Values(rows, get, lambda number: f"made up, line {number + 2}", "0" * 64)
+    text = Text.learn(["fine"], config)
+    tracemalloc.start()
+    try:
+        label = _Told(values, 1, Silent()).teach(Label, config)
+        examples = encode_examples(values, Ends(text, label), skip_bad=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert examples.kept.tolist() == [rows - 2, rows - 1]
+    assert examples.left_out == rows - 2
+    assert [bad.where for bad in examples.bad] == [f"made up, line {number}" for number in range(2, 12)]
+    return peak
+
+
+def test_bad_examples_take_no_memory_however_many_they_are() -> None:
+    peak_of(4096)  # what is imported and made once
+    few, many = peak_of(4096), peak_of(8 * 4096)
+    assert many - few < 10 * 7 * 4096  # a message each would be more than 100 bytes; as many rows are in work at once
 
 
 class Sizes:

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 import unrolled
-from unrolled.checkpoints import checkpoint_steps, load, read_checkpoint
-from unrolled.config import resolve
+from unrolled.checkpoints import checkpoint_steps, load, read_checkpoint, read_config
+from unrolled.config import resolve, to_dict
 from unrolled.decoding import BeamSettings
 from unrolled.errors import ConfigError, DataError, ModelError, TrainingError
 from unrolled.evaluation import evaluate_examples
 from unrolled.model import form_of
 from unrolled.prediction import Searching, given_values, longest, predict
 from unrolled.progress import Silent
+from unrolled.storage import write_yaml
+from unrolled.training import prepare_config
 
 GOOD, BAD = ["좋다", "good", "fine", "great", "재미"], ["싫다", "bad", "awful", "poor", "최악"]
 PLAIN = ["the", "a", "film", "story", "was", "and", "very", "much", "영화"]
@@ -385,6 +387,15 @@ def test_bad_examples_are_skipped_if_asked(folder: Path, tmp_path: Path) -> None
     done = run("train", folder / "holes.tsv", "--input", "text", "--output", "label", *flags)
     assert done.returncode == 0, done.stderr
     assert "holes.tsv, line 42: the text is empty" in done.stderr
+    (folder / "more.tsv").write_text("text\tlabel\n" + "\tyes\n" * 12 + "good\tyes\nbad\tno\n", "utf-8")
+    done = run("evaluate", tmp_path / "m", folder / "more.tsv", "--skip-bad")
+    assert [line.split(": the")[0] for line in done.stderr.splitlines() if line.startswith("left out")] == [
+        *(f"left out: {folder / 'more.tsv'}, line {line}" for line in range(2, 12)),
+        "left out: 2 more",
+    ]
+    done = run("train", folder / "more.tsv", "--valid", folder / "holes.tsv", "--input", "text", "--output", "label",
+               "--force", *flags)  # fmt: skip
+    assert "left out: 2 more" in done.stderr
 
 
 def test_a_language_model_does_not_predict_labels(tmp_path: Path) -> None:
@@ -582,6 +593,40 @@ def test_pictures_are_named_and_described(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"captions\.tsv, line 8: .*True5\.png"):
         unrolled.evaluate(model, tmp_path / "captions.tsv")
     assert unrolled.evaluate(model, tmp_path / "captions.tsv", skip_bad=True)["left_out"] == 1
+
+
+@pytest.mark.parametrize(
+    "kind, rule", [("image", "set input.features (now 128) in its place"), ("vector", "leave it out")]
+)
+def test_words_read_by_the_core_that_writes_them_have_no_size_of_their_own(
+    kind: str, rule: str, tmp_path: Path
+) -> None:
+    ends: dict[str, Any] = {"input": f"{kind}:x", "output": "text:caption"}
+    with pytest.raises(ConfigError) as caught:
+        prepare_config(tmp_path, **ends, **{"output.embedding": 64})
+    assert str(caught.value) == (
+        f"output.embedding: one core reads the {kind} and then the words that it writes, whose vectors are as long as "
+        f"the {kind}'s: {rule}; got 64"
+    )
+    # What --dump-config writes can be given back, and so can the size that it has.
+    assert prepare_config(tmp_path, to_dict(prepare_config(tmp_path, **ends))).output.embedding == 256
+    if kind == "image":
+        prepare_config(tmp_path, **ends, features=64, **{"output.embedding": 64})
+        rows = {"input.rows": True, "output.embedding": 64}  # a decoder of its own
+        assert prepare_config(tmp_path, **ends, **rows).output.embedding == 64
+
+
+def test_models_saved_with_another_size_of_words_still_load(tmp_path: Path) -> None:
+    table = [{"v": [float(number), 1.0], "caption": "tall bar"} for number in range(20)]
+    settings = {**TINY, "steps": 2, "embedding": None}
+    unrolled.train(table, tmp_path / "m", input="vector:v", output="text:caption", **settings)
+    stored = tmp_path / "m" / "config.yaml"
+    saved = to_dict(read_config(tmp_path / "m"))
+    write_yaml(stored, "config", {**saved, "output": {**saved["output"], "embedding": 64}})
+    model = unrolled.load(tmp_path / "m")
+    assert model.config.output.embedding == 64
+    assert len(list(predict(model, [[1.0, 1.0]]))) == 1
+    unrolled.train(table, tmp_path / "m", resume=True, steps=3)
 
 
 def test_films_are_labelled_frame_by_frame(tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ def as_tuples(key: str, value: Any) -> Any:
     return [tuple(part) if isinstance(part, list) else part for part in value]
 
 
+def weights_of(
+    draw: chance.Random, place: Callable[[Tensor], Tensor], rows: int, inputs: int | None, hidden: int
+) -> list[Tensor | None]:
+    """A cell's weights for what it reads (inputs None: it looks that up) and for its state, and its biases, if any."""
+    weights = [place(torch.randn(rows, size)) if size is not None else None for size in (inputs, hidden)]
+    return weights + [place(torch.randn(rows)) if draw.random() < 0.7 else None for _ in range(2)]
+
+
 def layer_arguments(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """What forward and backward are both given, and the sizes."""
     cell = draw.randrange(4)
@@ -101,11 +109,11 @@ def layer_arguments(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> d
     number = lambda *shape: place(torch.randn(shape))  # noqa: E731
     directions = []
     for _ in range(count):
-        ih, table = (None, number(symbols, rows)) if looked_up else (number(rows, inputs), None)
-        biases = [number(rows) if draw.random() < 0.7 else None for _ in range(2)]
+        weights = weights_of(draw, place, rows, None if looked_up else inputs, hidden)
+        table = number(symbols, rows) if looked_up else None
         reset = place(torch.rand(steps, batch) < 0.2) if draw.random() < 0.5 else None
         c0 = number(batch, hidden) if cell == 2 else None
-        directions.append([ih, number(rows, hidden), *biases, table, number(batch, hidden), c0, reset])
+        directions.append([*weights, table, number(batch, hidden), c0, reset])
     return {
         "cell": cell,
         "bf16": draw.random() < 0.4,
@@ -272,11 +280,7 @@ def writer_arguments(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> 
         "cell": cell,
         "bf16": draw.random() < 0.5,
         "table": place(torch.randn(symbols, rows)),
-        "layers": [
-            [place(torch.randn(rows, hidden)) if k else None, place(torch.randn(rows, hidden))]
-            + [place(torch.randn(rows)) if draw.random() < 0.7 else None for _ in range(2)]
-            for k in range(layers)
-        ],
+        "layers": [weights_of(draw, place, rows, hidden if k else None, hidden) for k in range(layers)],
         "output_weight": place(torch.randn(symbols, hidden)),
         "output_bias": place(torch.randn(symbols)) if draw.random() < 0.7 else None,
         "threads": draw.choice([1, 2, 3]),

@@ -229,18 +229,53 @@ def test_long_sentences_take_attention_and_it_finds_the_other_order(
 # -------------------------------------------------------------------------------------------- looking inside
 
 
-def test_the_page_on_looking_inside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """Its Python, on small models of the kinds that it names; in both languages the same."""
-    text = "Zwei junge Männer spielen Fußball."
-    train([{"text": text, "target": "Two men"}] * 4, tmp_path / "translator", input="text:text", output="text:target",
-          hidden=8, layers=1, embedding=4, epochs=1, unit="word")  # fmt: skip
-    play = "To be, or not to be, that is the question. " * 60
-    save(small_model(text=play, dtype=torch.float32, layers=2), tmp_path / "shakespeare")
-    (tmp_path / "play.txt").write_text(play, "utf-8")
-    monkeypatch.chdir(tmp_path)
+PLAY = "To be, or not to be, that is the question. " * 60
+
+
+@pytest.fixture(scope="module")
+def looked_into(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the page on looking inside names: small models of the kinds that it speaks of, and a text."""
+    folder = tmp_path_factory.mktemp("inspect")
+    small: Any = {"hidden": 8, "layers": 1, "embedding": 4, "epochs": 1, "unit": "word"}
+    translated = [{"text": "Zwei junge Männer spielen Fußball.", "target": "Two men"}] * 4
+    train(translated, folder / "translator", input="text:text", output="text:target", **small)
+    (folder / "test.tsv").write_text("text\ttag\n" + "to be\tP V\nto sleep\tP V\n" * 4, "utf-8")
+    train(folder / "test.tsv", folder / "tagger", input="text:text", output="labels:tag", **small)
+    save(small_model(text=PLAY, dtype=torch.float32, layers=2), folder / "shakespeare")
+    for cell in ("lstm", "gru"):
+        save(small_model(text=PLAY, dtype=torch.float32, cell=cell), folder / cell)
+    (folder / "play.txt").write_text(PLAY, "utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_commands_on_looking_inside_run(looked_into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand there, one after the other: a trace that one leaves is read by another."""
+    blocks = [
+        re.findall(r"^```\n(.*?)^```$", FENCE.sub("", read("inspect", k)), re.MULTILINE | re.DOTALL)
+        for k in (False, True)
+    ]
+    lines, korean = ([shlex.split(line, comments=True) for body in page for line in body.splitlines()]
+                     for page in blocks)  # fmt: skip
+    assert len(lines) == 6
+    assert korean == lines
+    monkeypatch.chdir(looked_into)
+    for program, *arguments in lines:
+        assert program == "unrolled"
+        made = Path(arguments[arguments.index("--out") + 1])
+        made.unlink(missing_ok=True)
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, f"{arguments}\n{done.output}"
+        assert made.read_text("utf-8").startswith("<svg" if made.suffix == ".svg" else "<!doctype html>"), arguments
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_page_on_looking_inside_runs(looked_into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python, in both languages the same."""
+    monkeypatch.chdir(looked_into)
     shown: list[Any] = []
     monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda self, **settings: shown.append(self))
-    record_one = record(small_model(text=play, dtype=torch.float32), play[:30], gradient=True, at=-1)
+    record_one = record(small_model(text=PLAY, dtype=torch.float32), PLAY[:30], gradient=True, at=-1)
     names: dict[str, Any] = {"one_trace": record_one, "another": record_one}
     blocks = [
         re.findall(r"^```python\n(.*?)^```$", read("inspect", k), re.MULTILINE | re.DOTALL) for k in (False, True)
@@ -252,4 +287,4 @@ def test_the_page_on_looking_inside_runs(tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile(block, "docs/inspect.md", "exec"), names)
     assert len(shown) == 1
     assert names["trace"].attention.shape[1] == len(names["trace"].read)
-    assert len(names["seen"]) == len(play)
+    assert len(names["seen"]) == len(PLAY)

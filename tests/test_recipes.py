@@ -5,23 +5,29 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import re
 import sys
 import tarfile
+import wave
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
+import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from unrolled.cells import cell_names
+from unrolled.cli import app
 from unrolled.config import load_config, resolve
 from unrolled.demo.road import DATA as SHIPPED
+from unrolled.storage import read_json, write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/recipe.yaml"))
@@ -292,6 +298,61 @@ def test_one_style_of_emoji_is_never_seen(tmp_path: Path) -> None:
         assert picture.getcolors() == [(48 * 48, (255, 0, 0))]
 
 
+def recording(samples: np.ndarray) -> bytes:
+    """A .wav file of 8 kHz."""
+    content = io.BytesIO()
+    with wave.open(content, "wb") as sound:
+        sound.setparams((1, 2, 8000, len(samples), "NONE", ""))
+        sound.writeframes(samples.astype("<i2").tobytes())
+    return content.getvalue()
+
+
+def test_each_speaker_of_digits_is_in_one_part_alone(tmp_path: Path) -> None:
+    time = np.arange(4000) / 8000
+    tone = np.round(9000 * np.sin(2 * np.pi * 1000 * time) * np.linspace(0, 1, len(time)))  # louder and louder
+    said = {
+        f"{digit}_{speaker}_{number}.wav": recording(tone * (1 + digit) / 4 if number else tone[:150])
+        for digit in range(3)
+        for speaker in ("george", "theo", "yweweler", "lucas")
+        for number in (0, 19)
+    }
+    with tarfile.open(tmp_path / "recordings_00-19.tar.xz", "w:xz") as tar:
+        for name, content in {**dict(reversed(said.items())), "README.md": b"no recording"}.items():
+            member = tarfile.TarInfo(f"recordings/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    out = tmp_path / "out"
+    out.mkdir()
+    runner.load_prepare(RECIPES / "spoken-digits")(tmp_path, out)
+    tables = {part: (out / f"{part}.csv").read_text("utf-8").splitlines() for part in ("train", "valid", "test")}
+    assert {lines.pop(0) for lines in tables.values()} == {"file,digit"}
+    heard = {
+        part: {re.fullmatch(r"spectra/\d_(\w+?)_\d+(_[\d.]+)?\.npy,\d", line)[1] for line in lines}  # type: ignore[index]
+        for part, lines in tables.items()
+    }
+    assert heard == {"train": {"george", "lucas"}, "valid": {"theo"}, "test": {"yweweler"}}
+    assert tables["test"][:3] == [f"spectra/{name}.npy,{name[0]}" for name in
+                                  ("0_yweweler_0", "0_yweweler_19", "1_yweweler_0")]  # fmt: skip
+    assert tables["train"][:3] == [f"spectra/0_george_0{warp}.npy,0" for warp in ("", "_0.88", "_1.12")]
+    assert [len(lines) for lines in tables.values()] == [3 * 2 * 2 * 3, 3 * 2, 3 * 2]
+    every = [line.split(",") for lines in tables.values() for line in lines]
+    assert all(Path(file).name.startswith(f"{digit}_") for file, digit in every)
+    assert {path.name for path in (out / "spectra").iterdir()} == {Path(file).name for file, _ in every}
+
+    # A window of 25 ms each 10 ms, and of each band how loud it is beside its mean: the same however loud the whole is.
+    short, whole, louder = (np.load(out / "spectra" / f"{name}.npy") for name in
+                            ("0_theo_0", "0_theo_19", "2_theo_19"))  # fmt: skip
+    assert (whole.dtype, whole.shape, short.shape) == (np.float32, (1 + (4000 - 200) // 80, 32), (1, 32))
+    assert not short.any(), "one window is its own mean"
+    np.testing.assert_allclose(whole.mean(0), 0, atol=1e-5)
+    names = runner.load_prepare(RECIPES / "spoken-digits").__globals__
+    bands = {warp: int(np.argmax(names["mel_bands"](warp)[:, 32])) for warp in names["WARPS"]}  # 1,000 Hz: 32 of 256
+    assert bands[1.12] < bands[1.0] < bands[0.88], "what is as high lies lower in a voice of which all lies higher"
+    tone = bands[1.0]
+    assert whole[-1, tone] - whole[1, tone] > 4
+    np.testing.assert_allclose(louder[2:, tone], whole[2:, tone], atol=0.02)  # samples are rounded
+
+
 def test_photographs_are_parted_by_their_names(tmp_path: Path) -> None:
     names = [f"{n:04}.jpg" for n in range(1000)]
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
@@ -314,6 +375,11 @@ def test_photographs_are_parted_by_their_names(tmp_path: Path) -> None:
     }
     first = {part: [row["file"][-8:-4] for row in rows][::99] for part, rows in made.items()}
     assert first == {"learnt": ["0000", "0099"], "valid": ["0800", "0899"], "test": ["0900", "0999"]}
+    shown = {part: {row["file"] for row in rows} for part, rows in made.items()}
+    trained_on = {line.partition("\t")[0] for line in learnt[1:]}
+    assert shown["learnt"] < trained_on
+    assert trained_on | shown["valid"] | shown["test"] == {f"photographs/{name}" for name in names}
+    assert len(trained_on) + len(shown["valid"]) + len(shown["test"]) == len(names), "one is in two parts"
     assert made["test"][1] == {
         "file": "photographs/0901.jpg", "caption": [f"a dog , number 901 of {k}" for k in range(5)]
     }  # fmt: skip
@@ -389,6 +455,105 @@ def test_runner_goes_from_data_to_figures(
     assert call(small, "--data", tmp_path / "data", "--out", out) == 2
     assert "holds a model: go on with it (--resume)" in capfd.readouterr().err
     assert (out / "gru" / "train.log").read_text("utf-8") == log
+
+
+def test_a_resumed_training_took_as_long_as_all_its_parts(
+    small: Path, tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, clock, stopped = tmp_path / "out", 1000.0, 0
+
+    def follow(command: list[str], folder: Path, log: TextIO) -> None:
+        """Takes 100 s; if `stopped`, Ctrl-C comes after so many updates."""
+        nonlocal clock
+        clock += 100
+        more = ["--set", f"training.steps={stopped}"] if stopped else []
+        done = CliRunner().invoke(app, [*command, "--no-report", *more])
+        assert done.exit_code == 0, done.output
+        if stopped:
+            raise KeyboardInterrupt
+
+    def told() -> list[str]:
+        return [line for line in (out / "gru" / "train.log").read_text("utf-8").splitlines() if line.startswith("# ")]
+
+    def go_on(*more: str) -> float:
+        assert call(small, "--data", tmp_path / "data", "--out", out, *more) == 0
+        seconds: float = json.loads((out / "result.json").read_text("utf-8"))["models"]["gru"]["train_seconds"]
+        return seconds
+
+    out.mkdir()
+    monkeypatch.chdir(out)
+    monkeypatch.setattr(runner, "follow", follow)
+    monkeypatch.setattr(runner, "capture", lambda command, folder: "{}")
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock)
+    stopped = 10
+    assert call(small, "--data", tmp_path / "data", "--out", out) == 130
+    assert told() == ["# trained for 100.0 s so far"]
+    stopped = 20
+    assert call(small, "--data", tmp_path / "data", "--out", out, "--resume") == 130
+    assert told()[1:] == ["# trained for 200.0 s so far"]
+    stopped = 0
+    assert go_on("--resume") == 300
+    assert go_on("--resume") == 300, "there was nothing left to do"
+
+    # Killed, it could not say how long it took: what training counted up to its last checkpoint is known.
+    (out / "gru" / "train.log").unlink()
+    state = out / "gru" / "checkpoints" / "0000000030" / "state.json"
+    content = read_json(state, "checkpoint")
+    write_json(state, "checkpoint", {**content, "position": {**content["position"], "seconds": 250.0}})
+    assert go_on("--resume", "--set", "training.steps=40") == 350
+    assert go_on("--force") == 100
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner prepares, and trains nothing."""
+    monkeypatch.setattr(runner, "train_and_evaluate", lambda *_: {"evaluation": {}, "train_seconds": 0.0})
+
+
+@pytest.mark.usefixtures("untrained")
+def test_files_that_are_prepared_are_kept(
+    small: Path, tmp_path: Path, call: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    program = (small / "prepare.py").read_text("utf-8")
+    (small / "prepare.py").write_text(
+        f"{program}    (out / 'more').mkdir(exist_ok=True)\n    (out / 'more' / 'count.txt').open('a').write('x')\n",
+        "utf-8",
+    )
+
+    def times(*more: str) -> int:
+        """How often the files have been prepared."""
+        assert call(small, "--data", data, "--out", out, *more) == 0
+        return len((out / "more" / "count.txt").read_text("utf-8"))
+
+    assert times() == 1
+    assert "prepared: train.txt, valid.txt\n" in capfd.readouterr().out
+    assert times("--resume") == 1
+    assert "prepared before: train.txt, valid.txt\n" in capfd.readouterr().out
+    assert times("--force") == 2, "all is to be made anew"
+    (out / "valid.txt").unlink()
+    assert times("--resume") == 3
+    (out / "prepared.json").unlink()
+    assert times("--resume") == 4, "it was interrupted: nobody knows what is whole"
+    with (small / "prepare.py").open("a", encoding="utf-8") as file:
+        file.write("    # made in another way\n")
+    assert times("--resume") == 5
+    assert times("--resume") == 5
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_preparation_that_is_interrupted_is_done_again(small: Path, tmp_path: Path, call: Callable[..., int]) -> None:
+    out, program = tmp_path / "out", (small / "prepare.py").read_text("utf-8")
+    arguments = (small, "--data", tmp_path / "data", "--out", out)
+    assert call(*arguments) == 0
+    (small / "prepare.py").write_text(program.replace("text[2000:]", "1 / 0"), "utf-8")
+    with pytest.raises(ZeroDivisionError):
+        call(*arguments, "--force")
+    assert not (out / "prepared.json").exists()
+    (small / "prepare.py").write_text(program, "utf-8")
+    (out / "train.txt").write_text("half", "utf-8")
+    assert call(*arguments, "--resume") == 0
+    assert len((out / "train.txt").read_text("utf-8")) == 2000
 
 
 def test_other_data_is_refused(

@@ -91,7 +91,7 @@ def forms() -> dict[str, tuple[Callable[[], list[dict[str, Any]]], dict[str, Any
         ),
         "one to many": (
             lambda: [{"v": [float(i), float(i % 3)], "t": text} for i, text in enumerate(SENTENCES)],
-            {"input": "vector:v", "output": "text:t", "output.embedding": 4},
+            {"input": "vector:v", "output": "text:t"},
             {*common, "next"},
         ),
     }

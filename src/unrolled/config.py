@@ -173,7 +173,11 @@ class OutputConfig(_Section):
     unit: Literal["char", "jamo", "word", "subword"] | None = Field(
         None, description="What one step of written text is; null: as in the text that is read, else char."
     )
-    embedding: int = Field(256, ge=1, description="Size of the vector learnt for each symbol of written text.")
+    embedding: int = Field(
+        256,
+        ge=1,
+        description="Size of the vector learnt for each symbol of written text; one-to-many: the input step's.",
+    )
     max_vocabulary: _Count | None = Field(
         None, description="Keep only so many symbols of written text; null: all (30,000 words, 8,000 subwords)."
     )

@@ -46,6 +46,7 @@ _USUAL = {
 }  # fmt: skip
 """Which columns are meant where none is named, the first that a table has."""
 _ROWS = 4096  # rows in work at once
+_LISTED = 10  # of the examples that were left out; to keep all would take memory as the table grows
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,8 @@ class Examples:
     Attributes:
         inputs, outputs: one `Ragged` for each array of an encoded value.
         kept: which of the raw values each example is, int64 [N].
-        bad: those that were left out.
+        left_out: how many could not be used.
+        bad: the first ten of them.
         fingerprint: of the raw values.
     """
 
@@ -349,6 +351,7 @@ class Examples:
     inputs: tuple[Ragged, ...]
     outputs: tuple[Ragged, ...]
     kept: Array
+    left_out: int
     bad: tuple[Bad, ...]
     fingerprint: str
 
@@ -392,6 +395,7 @@ def encode_examples(
     writers: list[list[RaggedWriter]] = [[], []]
     kept = PackedNumbers("q")
     bad: list[Bad] = []
+    left_out = 0
     pairs = iter(values)
     number = 0
     while True:
@@ -429,14 +433,16 @@ def encode_examples(
                     writer.drop_last()
             if not skip_bad:
                 raise DataError(f"{values.where(number)}: {error}") from None
-            bad.append(Bad(values.where(number), str(error)))
+            left_out += 1
+            if len(bad) < _LISTED:
+                bad.append(Bad(values.where(number), str(error)))
         number += 1
         if progress and number % 256 == 0:
             progress(number)
     if not kept:
         raise DataError(f"no example can be used; the first: {bad[0].where}: {bad[0].why}" if bad else "no examples")
     made = [tuple(writer.finish() for writer in side) for side in writers]
-    return Examples(ends, made[0], made[1], as_int64(kept), tuple(bad), values.fingerprint)
+    return Examples(ends, made[0], made[1], as_int64(kept), left_out, tuple(bad), values.fingerprint)
 
 
 def _expect_aligned(steps: int, targets: int) -> None:

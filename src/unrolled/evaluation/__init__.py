@@ -65,8 +65,10 @@ def evaluate_examples(
         progress=watcher.update,
     )
     watcher.stop()
-    for bad in encoded.bad[:10]:
+    for bad in encoded.bad:
         watcher.say(f"left out: {bad.where}: {bad.why}")
+    if encoded.left_out > len(encoded.bad):
+        watcher.say(f"left out: {encoded.left_out - len(encoded.bad):,} more")
     if isinstance(model.ends.output, Written) and searching is None:
         searching = Searching()
     return judge_examples(model, encoded, values, searching=searching, batch_size=batch_size, watcher=watcher)

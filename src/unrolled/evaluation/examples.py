@@ -81,6 +81,6 @@ def judge_examples(
         watcher.stop()
         figures |= score.figures()
     figures.setdefault("examples", len(examples))
-    figures["left_out"] = len(examples.bad)
+    figures["left_out"] = examples.left_out
     figures["seconds"] = time.monotonic() - began
     return figures

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unrolled.config import Config
     from unrolled.nn import Core
 
-__all__ = ["Number", "NumberWriter", "Numbers", "Scale", "floats"]
+__all__ = ["Number", "NumberWriter", "Numbers", "Scale", "Scaled", "floats"]
 
 
 def floats(value: Any) -> list[float]:
@@ -93,14 +93,11 @@ class Scale:
         return cls(obj["mean"], obj["deviation"])
 
 
-class _Scaled(Output):
-    best = ("mae", "min")
+class Scaled:
+    """What numbers at either end share: a scale for each column, learnt from the training part."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
-
-    def score(self, config: Config) -> Score:
-        return NumberScore(self.scale.mean.tolist())
 
     def to_json(self) -> dict[str, Any]:
         return {"scale": self.scale.to_json()}
@@ -110,8 +107,15 @@ class _Scaled(Output):
         return cls(Scale.from_json(obj["scale"]))
 
 
+class _Measured(Scaled, Output):
+    best = ("mae", "min")
+
+    def score(self, config: Config) -> Score:
+        return NumberScore(self.scale.mean.tolist())
+
+
 @register
-class Number(_Scaled):
+class Number(_Measured):
     """One number, or one of each of several columns, for the whole input."""
 
     kind: ClassVar[str] = "number"
@@ -141,7 +145,7 @@ class Number(_Scaled):
 
 
 @register
-class Numbers(_Scaled):
+class Numbers(_Measured):
     """A number a step."""
 
     kind: ClassVar[str] = "numbers"

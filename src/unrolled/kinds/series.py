@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unrolled.errors import DataError
 from unrolled.kinds.contract import Arrays, Input, register
-from unrolled.kinds.number import Scale, floats
+from unrolled.kinds.number import Scale, Scaled, floats
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,25 +67,13 @@ def _load(path: str | os.PathLike[str]) -> Any:
     return loaded
 
 
-class _Scaled(Input):
-    """What series and vectors share: a scale for each column, learnt from the training part."""
-
-    def __init__(self, scale: Scale) -> None:
-        self.scale = scale
-
+class _Read(Scaled, Input):
     def reader(self, config: Config) -> nn.Module:
         return NumbersReader(self.scale.width)
 
-    def to_json(self) -> dict[str, Any]:
-        return {"scale": self.scale.to_json()}
-
-    @classmethod
-    def from_json(cls, obj: Mapping[str, Any]) -> Any:
-        return cls(Scale.from_json(obj["scale"]))
-
 
 @register
-class Series(_Scaled):
+class Series(_Read):
     """A series: F numbers a step; see `series_of` for how it may be given."""
 
     kind: ClassVar[str] = "series"
@@ -107,7 +95,7 @@ class Series(_Scaled):
 
 
 @register
-class Vector(_Scaled):
+class Vector(_Read):
     """F numbers, read in one step: an array [F], the cells of a row, or the path of a .npy file of them."""
 
     kind: ClassVar[str] = "vector"

@@ -25,7 +25,7 @@ from unrolled.checkpoints import (
     read_ends,
     weights_of,
 )
-from unrolled.config import Config, difference, flag_key, load_config, parse_end, resolve, to_dict
+from unrolled.config import Config, difference, flag_key, flat_keys, load_config, parse_end, resolve, to_dict
 from unrolled.errors import ConfigError, StorageError, TrainingError
 from unrolled.model import Model, build_model, form_of
 from unrolled.progress import Silent, Watcher
@@ -128,6 +128,7 @@ def prepare_config(
         layers.append({section: {key: value}})
     if not resume:
         given = resolve(*layers, cells=cell_names())
+        _expect_embedding_that_counts(given)
         if given.training.init_from is None:
             return given
         return _config_from(given, layers)
@@ -142,6 +143,25 @@ def prepare_config(
             "with it, or start anew in another folder"
         )
     return wanted
+
+
+def _expect_embedding_that_counts(given: Config) -> None:
+    """One core reads the first step and then its own words, so all are of one size, which the first step rules.
+
+    The default is let pass, since --dump-config writes it for every form; and models saved with another size load.
+    """
+    embedding = given.output.embedding
+    if given.output.kind != "text" or form_of(given).name != "one-to-many":
+        return
+    if given.input.kind == "image":
+        size, rule = given.input.features, f"set input.features (now {given.input.features}) in its place"
+    else:
+        size, rule = None, "leave it out"
+    if embedding not in (size, flat_keys()["output.embedding"].default):
+        raise ConfigError(
+            f"output.embedding: one core reads the {given.input.kind} and then the words that it writes, whose vectors "
+            f"are as long as the {given.input.kind}'s: {rule}; got {embedding}"
+        )
 
 
 def _config_from(given: Config, layers: list[Settings]) -> Config:

@@ -301,10 +301,10 @@ class ExampleCourse(Course):
                 )
             )
             watcher.stop()
-            for bad in parts[-1].bad[:10]:
+            for bad in parts[-1].bad:
                 watcher.say(f"left out: {bad.where}: {bad.why}")
-            if len(parts[-1].bad) > 10:
-                watcher.say(f"left out: {len(parts[-1].bad) - 10} more")
+            if parts[-1].left_out > len(parts[-1].bad):
+                watcher.say(f"left out: {parts[-1].left_out - len(parts[-1].bad):,} more")
         return ends, Parts(parts[0], parts[1], held_out)
 
     def __init__(self, model: ExampleModel, config: Config, parts: Parts, device: torch.device) -> None:
@@ -361,7 +361,7 @@ class _Told:
     def __init__(self, values: Values, side: int, watcher: Watcher) -> None:
         self.values, self.side, self.watcher = values, side, watcher
         self.number = -1
-        self.bad: list[str] = []
+        self.bad, self.first_bad = 0, ""  # all of their messages would take memory as the table grows
         self.ended = False
 
     def _each(self, kind: Any, skip_bad: bool) -> Iterator[Any]:
@@ -373,7 +373,9 @@ class _Told:
                 try:
                     kind.check(pair[self.side])
                 except DataError as error:
-                    self.bad.append(f"{self.values.where(self.number)}: {error}")
+                    if not self.bad:
+                        self.first_bad = f"{self.values.where(self.number)}: {error}"
+                    self.bad += 1
                     continue
             yield pair[self.side]
         self.ended = True
@@ -383,8 +385,8 @@ class _Told:
         try:
             return kind.learn(self._each(kind, config.data.skip_bad), config)
         except DataError as error:
-            if self.bad and len(self.bad) == self.number + 1:
-                raise DataError(f"no example can be used; the first: {self.bad[0]}") from None
+            if self.bad and self.bad == self.number + 1:
+                raise DataError(f"no example can be used; the first: {self.first_bad}") from None
             if self.ended or self.number < 0:
                 raise
             raise DataError(f"{self.values.where(self.number)}: {error}") from None
