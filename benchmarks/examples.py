@@ -2,7 +2,8 @@
 
     python benchmarks/examples.py [--quick] [--data DIR] [--parts translation ...] [--out FILE.json]
 
-1. translation: an encoder-decoder with dot attention, GRU and LSTM, hidden 512; training.
+1. translation: an encoder-decoder with dot attention, GRU and LSTM, of subwords with 512 units and of characters with
+   256; training.
 2. classification: an LSTM in both directions that reads the characters of reviews; training.
 3. beam: 1,000 sentences translated with beam 5, by a translator that was trained for that a little.
 4. memory: a table of 2 GB trains some updates in less than 2 GB.
@@ -306,7 +307,7 @@ def compare(bench: Bench, work: str, part: str, size: Size, plain: str, unit: st
     print(f"== {work}")
     print(f"equality, loss and gradients of the first batch: {'NO' if unequal else 'yes'}; furthest from float64:")
     print(f"  {worst['tensor']}: unrolled {worst['ours']:.1e}, plain torch {worst['peer']:.1e}")
-    lengths = bench.examples.outputs[0].lengths + 1 if unit == "words" else bench.examples.lengths
+    lengths = bench.examples.outputs[0].lengths + 1 if part == "translation" else bench.examples.lengths
     counted = [int(lengths[rows].sum()) for rows in bench.batches[: size.updates]]
     rates: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
@@ -349,8 +350,8 @@ def spread(values: list[float]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the four parts
 
 
-def translator(root: Path, size: Size, data: Path | None, cell: str) -> tuple[Bench, list[str]]:
-    """The folder of a translator, and sentences to translate."""
+def translator(root: Path, size: Size, data: Path | None, cell: str, unit: str) -> tuple[Bench, list[str]]:
+    """The folder of a translator of subwords or characters, and sentences to translate."""
     import plain_translation
 
     if data is None:
@@ -360,15 +361,16 @@ def translator(root: Path, size: Size, data: Path | None, cell: str) -> tuple[Be
     else:
         pairs, test = multi30k(data)
         pairs = pairs[: size.examples]
+    hidden = size.hidden if unit == "subword" else min(size.hidden, 256)
     settings = {
-        "cell": cell, "hidden": size.hidden, "embedding": size.embedding, "batch_size": 64, "lr": 1e-3,
+        "cell": cell, "hidden": hidden, "embedding": size.embedding, "batch_size": 64, "lr": 1e-3,
         "betas": [0.9, 0.99], "clip": 1.0, "epochs": 2, "beam": 5, "barred": [0],
     }  # fmt: skip
-    ends = {"kind": "text", "unit": "subword", "embedding": size.embedding}
-    source, target = size.vocabularies
+    ends = {"kind": "text", "unit": unit, "embedding": size.embedding}
+    source, target = size.vocabularies if unit == "subword" else (None, None)
     config: dict[str, Any] = {
         "input": ends | {"columns": ["source"], "max_vocabulary": source},
-        "core": {"cell": cell, "hidden": size.hidden, "layers": 1, "bidirectional": True, "dropout": 0.0},
+        "core": {"cell": cell, "hidden": hidden, "layers": 1, "bidirectional": True, "dropout": 0.0},
         "output": ends | {"columns": ["target"], "max_vocabulary": target, "attention": "dot"},
     }
 
@@ -384,11 +386,11 @@ def translator(root: Path, size: Size, data: Path | None, cell: str) -> tuple[Be
         name = name.removeprefix("writer.").replace("bridge.maps.0.", "bridges.")
         return f"output.{name}" if name in ("weight", "bias") else name
 
-    bench = Bench(root / f"translation-{cell}", pairs, config, settings, plain_translation, as_plain)
+    bench = Bench(root / f"translation-{unit}-{cell}", pairs, config, settings, plain_translation, as_plain)
     lengths = bench.examples.lengths, bench.examples.outputs[0].lengths
     kind = "made-up sentences" if data is None else "Multi30k, German to English"
     print(
-        f"{kind}: {len(pairs):,} pairs of {lengths[0].mean():.1f} and {lengths[1].mean():.1f} subwords on average, "
+        f"{kind}: {len(pairs):,} pairs of {lengths[0].mean():.1f} and {lengths[1].mean():.1f} {unit}s on average, "
         f"vocabularies {bench.settings['sources']:,} and {bench.settings['targets']:,}"
     )
     return bench, test[: size.sentences]
@@ -396,10 +398,12 @@ def translator(root: Path, size: Size, data: Path | None, cell: str) -> tuple[Be
 
 def translation(root: Path, size: Size, data: Path | None) -> list[dict[str, Any]]:
     rows = []
-    for cell in ("gru", "lstm")[: 1 if size.quick else None]:
-        bench, _ = translator(root, size, data, cell)
-        work = f"translation, training, {cell.upper()} {size.hidden}, dot attention, batch 64"
-        rows.append(compare(bench, work, "translation", size, "plain_translation.py", "words"))
+    for unit in ("subword", "char"):
+        for cell in ("gru", "lstm")[: 1 if size.quick else None]:
+            bench, _ = translator(root, size, data, cell, unit)
+            hidden = bench.settings["hidden"]
+            work = f"translation of {unit}s, training, {cell.upper()} {hidden}, dot attention, batch 64"
+            rows.append(compare(bench, work, "translation", size, "plain_translation.py", f"{unit}s"))
     return rows
 
 
@@ -442,7 +446,7 @@ def beam(root: Path, size: Size, data: Path | None) -> list[dict[str, Any]]:
 
     folder = root / "beam"
     folder.mkdir()
-    bench, test = translator(folder, size, data, "gru")
+    bench, test = translator(folder, size, data, "gru", "subword")
     (bench.folder / "test.txt").write_text("".join(f"{line}\n" for line in test), "utf-8")
     source: Any = bench.ends.input
     ids = [source.vocabulary.encode(text).tolist() for text in test]
