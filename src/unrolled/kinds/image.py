@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from unrolled.config import Config
 
-__all__ = ["Image", "ImageReader", "Pictures", "RowsReader", "decode", "fit"]
+__all__ = ["Image", "ImageReader", "Pictures", "PlacesReader", "RowsReader", "decode", "fit"]
 
 Pixels = npt.NDArray[np.uint8]
 
