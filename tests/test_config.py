@@ -61,6 +61,7 @@ def test_defaults() -> None:
             "size": 48,
             "rows": False,
             "features": 128,
+            "places": 0,
             "augment": True,
         },
         "core": {
@@ -167,6 +168,7 @@ def test_each_message_says_what_is_expected() -> None:
         "input.size": "an integer >= 8",
         "input.rows": "true or false",
         "input.features": "an integer >= 1",
+        "input.places": "an integer >= 0",
         "input.augment": "true or false",
         "core.cell": "a text",
         "core.hidden": "an integer >= 1",
@@ -297,6 +299,7 @@ def test_each_setting_takes_what_it_says_and_nothing_else(key: str) -> None:
     fitting: dict[str, Any] = {
         "core.bidirectional": {"core": {"bidirectional": False}},
         "output.tied": {"core": {"hidden": 8}, "input": {"embedding": 8}},
+        "input.places": {"input": {"kind": "video"}},
         "training.stride": {"training": {"window": 1000}},
     }
     for value in taken:
@@ -425,6 +428,17 @@ def test_what_came_is_shown_on_one_line(given_value: object, shown: str) -> None
         (
             {"core": {"cell": "gru", "forget_bias": 1}},
             "core.forget_bias: gru has no forget gate that unrolled knows: expected null, or core.cell lstm",
+        ),
+        (
+            {"input": {"places": 16}},
+            "input.places: only pictures have places: expected 0, or input.kind image or video, got 16",
+        ),
+        (
+            {"input": {"kind": "image", "rows": True, "places": 16}},
+            (
+                "input.places: nothing looks for places in an image that is read row by row: expected 0, or "
+                "input.rows false, got 16"
+            ),
         ),
         (
             {"core": {"chrono": 50, "forget_bias": 1.0}},

@@ -658,6 +658,35 @@ def test_films_are_labelled_frame_by_frame(tmp_path: Path) -> None:
     assert figures["tokens"] == 80
 
 
+def test_films_are_labelled_by_where_something_is(tmp_path: Path) -> None:
+    """`--set input.places=4`: a dot is to the left or to the right. The folder read back says the same."""
+    av = pytest.importorskip("av")
+    import numpy as np
+
+    draw = random.Random(1)
+    lines = ["file,side"]
+    for v in range(8):
+        sides = [draw.choice(["left", "right"]) for _ in range(10)]
+        with av.open(str(tmp_path / f"{v}.mp4"), "w") as film:
+            stream = film.add_stream("mpeg4", rate=10)
+            stream.width = stream.height = 32
+            stream.pix_fmt = "yuv420p"
+            for side in sides:
+                pixels = np.full((32, 32, 3), 30, np.uint8)
+                top, left = draw.randrange(2, 22), draw.randrange(2, 8) + (14 if side == "right" else 0)
+                pixels[top : top + 8, left : left + 8] = 220
+                film.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            film.mux(stream.encode())
+        lines += [f"{v}.mp4,{side}" for side in sides]
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+    settings = {**TINY, "size": 16, "places": 4, "epochs": 15, "batch_size": 2, "lr": 0.01, "embedding": None}
+    model = unrolled.train(tmp_path / "clips.csv", tmp_path / "m", input="video:file", output="labels:side", **settings)
+    assert unrolled.evaluate(model, tmp_path / "clips.csv")["accuracy"] > 0.9
+    films = [str(tmp_path / f"{v}.mp4") for v in range(8)]
+    said, again = (unrolled.predict(one, films) for one in (model, unrolled.load(tmp_path / "m")))
+    assert [one.value for one in said] == [one.value for one in again]
+
+
 def test_a_treebank_is_read_by_its_words(tmp_path: Path) -> None:
     """`--input text --output labels:upos` on CoNLL-U: the words as they are cut, not those between spaces."""
     sentence = "# text = Good film!\n1\tGood\t_\tADJ{0}\n2\tfilm\t_\tNOUN{0}\n3\t!\t_\tPUNCT{0}\n\n".format("\t_" * 6)

@@ -15,12 +15,15 @@ from ends import Small, again, config_of
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds import image as image_module
 from unrolled.kinds.contract import INPUTS
-from unrolled.kinds.image import Image, ImageReader, RowsReader, decode, fit
+from unrolled.kinds.image import Image, ImageReader, PlacesReader, RowsReader, decode, fit
 from unrolled.kinds.label import Label
+from unrolled.kinds.number import Scale
 
 CONFIG = config_of("input.kind=image", "output.kind=label", "input.size=16", "input.features=24")
 ROWS = config_of("input.kind=image", "output.kind=label", "input.size=16", "input.rows=true")
+PLACES = config_of("input.kind=image", "output.kind=label", "input.size=16", "input.places=5", "input.augment=false")
 DRAW = np.random.default_rng(0)
+SPREAD = image_module._SPREAD
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
@@ -130,7 +133,7 @@ def test_colours_are_scaled_by_those_of_the_training_part() -> None:
     np.testing.assert_allclose(scaled[:, 0].reshape(16, 16, 3).numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ROWS])
+@pytest.mark.parametrize("config", [CONFIG, ROWS, PLACES])
 def test_json_gives_the_same_encoding_and_reading(config: Any) -> None:
     image = Image.learn(PICTURES, config)
     back = again(image)
@@ -202,10 +205,12 @@ def reader_of(config: Any = CONFIG, seed: int = 0) -> Any:
     return Image.learn(PICTURES, config).reader(config).eval()
 
 
-def test_a_rows_vector_does_not_depend_on_the_batch_or_on_padding() -> None:
-    reader = reader_of()
+@pytest.mark.parametrize("config, width", [(CONFIG, 24), (PLACES, 10)])
+def test_a_rows_vector_does_not_depend_on_the_batch_or_on_padding(config: Any, width: int) -> None:
+    reader = reader_of(config)
+    assert reader.step_size == width
     together = reader(pixels(*PICTURES))
-    assert together.shape == (1, 6, 24)
+    assert together.shape == (1, 6, width)
     for b, one in enumerate(PICTURES):
         torch.testing.assert_close(reader(pixels(one))[0, 0], together[0, b])
     padded = torch.zeros(4, 6, 16, 16, 3, dtype=torch.uint8)
@@ -229,12 +234,15 @@ def test_a_large_picture_has_no_more_regions_than_one_of_64() -> None:
     assert sizes[300].eval()(far).shape == (1, 2, 24)
 
 
-def test_many_pictures_in_pieces_are_the_same_with_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [CONFIG, PLACES])
+def test_many_pictures_in_pieces_are_the_same_with_their_gradients(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     film = torch.from_numpy(np.stack([picture() for _ in range(10)])).view(5, 2, 16, 16, 3)
     found = []
     for at_once in (2**19, 3 * 16 * 16):
         monkeypatch.setattr(image_module, "_PIXELS_AT_ONCE", at_once)
-        reader = reader_of().double().train()
+        reader = reader_of(config).double().train()
         torch.manual_seed(1)
         vectors = reader(film)
         vectors.square().sum().backward()
@@ -245,19 +253,21 @@ def test_many_pictures_in_pieces_are_the_same_with_their_gradients(monkeypatch: 
         torch.testing.assert_close(pieces, whole)
 
 
-def test_gradients_reach_every_weight() -> None:
-    reader = reader_of().train()
+@pytest.mark.parametrize("config", [CONFIG, PLACES])
+def test_gradients_reach_every_weight(config: Any) -> None:
+    reader = reader_of(config).train()
     reader(pixels(*PICTURES)).square().sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in reader.parameters())
 
 
+@pytest.mark.parametrize("places, kind, width", [(0, ImageReader, 128), (3, PlacesReader, 6)])
 @pytest.mark.parametrize("size", [8, 9, 31, 48])
-def test_any_size_is_read(size: int) -> None:
-    config = config_of("input.kind=image", "output.kind=label", f"input.size={size}")
+def test_any_size_is_read(size: int, places: int, kind: type, width: int) -> None:
+    config = config_of("input.kind=image", "output.kind=label", f"input.size={size}", f"input.places={places}")
     reader = Image.learn(PICTURES, config).reader(config).eval()
-    assert isinstance(reader, ImageReader)
+    assert isinstance(reader, kind)
     vectors = reader(torch.zeros(1, 2, size, size, 3, dtype=torch.uint8))
-    assert vectors.shape == (1, 2, 128)
+    assert vectors.shape == (1, 2, width)
     assert vectors.isfinite().all()
 
 
@@ -272,6 +282,54 @@ def test_rows_are_steps_and_their_pixels_the_vector() -> None:
     assert x.shape == (16, 2, 48)
     wanted = (PICTURES[1][5] - image.scale.mean) / image.scale.deviation
     np.testing.assert_allclose(x[5, 1].numpy(), wanted.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def dots(*at: tuple[float, float], size: int = 48) -> torch.Tensor:
+    """White dots on black, each in a picture of its own at (x, y), from -1 to 1 from edge to edge; [1 B s s 3]."""
+    across = (torch.arange(size) * 2 + 1) / size - 1
+    shown = [torch.exp(-((across[None] - x) ** 2 + (across[:, None] - y) ** 2) / (2 * 0.06**2)) for x, y in at]
+    return (torch.stack(shown)[None, ..., None] * 255).to(torch.uint8).expand(1, len(at), size, size, 3)
+
+
+def looking(places: int = 8) -> PlacesReader:
+    config = config_of("input.kind=image", "output.kind=label", f"input.places={places}", "input.augment=false")
+    torch.manual_seed(0)
+    reader = Image(48, Scale([5.0] * 3, [30.0] * 3)).reader(config)
+    assert isinstance(reader, PlacesReader)
+    return reader.eval()
+
+
+def test_what_moves_is_read_to_move_as_far() -> None:
+    reader = looking()
+    with torch.no_grad():
+        reader.sharpness.fill_(3.0)  # a dot is little of a picture: what is around it should not count
+        here, right, down = reader(dots((-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25)))[0].view(3, 2, 8) / SPREAD
+    moved = torch.zeros(2, 8), torch.full((8,), 0.5)
+    torch.testing.assert_close(right - here, torch.stack([moved[1], moved[0][0]]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(down - here, torch.stack([moved[0][0], moved[1]]), rtol=0, atol=1e-3)
+
+
+def test_a_thing_that_was_learnt_in_one_half_is_found_in_the_other() -> None:
+    reader, draw = looking(1), np.random.default_rng(3)
+    optimizer = torch.optim.Adam(reader.parameters(), 5e-3)
+
+    def some(left: float, right: float) -> tuple[torch.Tensor, torch.Tensor]:
+        at = np.stack([draw.uniform(left, right, 32), draw.uniform(-0.8, 0.8, 32)], axis=1)
+        return dots(*map(tuple, at)), torch.from_numpy(at).float()
+
+    for _ in range(50):
+        shown, at = some(-0.8, 0.0)
+        optimizer.zero_grad()
+        (reader(shown)[0] / SPREAD - at).square().mean().backward()
+        optimizer.step()
+    shown, at = some(0.0, 0.8)
+    off = (reader(shown)[0] / SPREAD - at).abs()
+    assert off.max() < 0.03, "less than a pixel of 0.04"
+
+
+def test_a_blank_picture_has_its_things_in_the_middle() -> None:
+    read = looking()(torch.zeros(1, 2, 48, 48, 3, dtype=torch.uint8))
+    torch.testing.assert_close(read, torch.zeros_like(read), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [CONFIG, ROWS])

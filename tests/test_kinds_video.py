@@ -18,12 +18,13 @@ from ends import Small, again, config_of
 from unrolled.errors import ConfigError, DataError
 from unrolled.kinds import video as video_module
 from unrolled.kinds.contract import INPUTS
-from unrolled.kinds.image import ImageReader, fit
+from unrolled.kinds.image import ImageReader, PlacesReader, fit
 from unrolled.kinds.label import Label, Labels
 from unrolled.kinds.number import Scale
 from unrolled.kinds.video import Video, frame_times
 
 CONFIG = config_of("input.kind=video", "output.kind=label", "input.size=16", "input.features=24")
+PLACES = config_of("input.kind=video", "output.kind=label", "input.size=16", "input.places=12")
 
 
 def write(path: Path, frames: Sequence[Any], codec: str = "mpeg4", rate: int = 10, **options: str) -> Path:
@@ -203,23 +204,27 @@ def test_without_pyav_the_message_says_what_to_install(monkeypatch: pytest.Monke
 # --- the reader, and what can be learnt
 
 
-def test_films_are_padded_and_read_frame_by_frame() -> None:
+@pytest.mark.parametrize("config, kind", [(CONFIG, ImageReader), (PLACES, PlacesReader)])
+def test_films_are_padded_and_read_frame_by_frame(config: Any, kind: type) -> None:
     video = untrained()
     rows = [(whole(video, FILMS[name]),) for name in ("short", "exact")]
     steps = video.collate(rows)
     assert steps.lengths.tolist() == [9, 7]
-    reader = video.reader(CONFIG).eval()
-    assert isinstance(reader, ImageReader)
+    reader = video.reader(config).eval()
+    assert isinstance(reader, kind)
     x = reader(*steps.tensors)
     assert x.shape == (9, 2, 24)
     for b, (frames,) in enumerate(rows):
         alone = reader(torch.from_numpy(frames)[:, None])
         torch.testing.assert_close(x[: len(frames), b], alone[:, 0])
+        for t, frame in enumerate(frames):
+            torch.testing.assert_close(reader(torch.from_numpy(frame)[None, None])[0, 0], x[t, b])
 
 
-def test_a_change_in_training_is_the_same_for_all_frames_of_a_film() -> None:
+@pytest.mark.parametrize("config", [CONFIG, PLACES])
+def test_a_change_in_training_is_the_same_for_all_frames_of_a_film(config: Any) -> None:
     video = untrained()
-    reader = video.reader(CONFIG).train()
+    reader = video.reader(config).train()
     still = torch.from_numpy(fit(noise(1)[0], 16)).expand(6, 2, 16, 16, 3)
     x = reader(still)
     torch.testing.assert_close(x, x[:1].expand_as(x))
@@ -247,10 +252,11 @@ class _Ready(Video):
         return (value,)
 
 
-def test_the_direction_of_a_movement_is_learnt() -> None:
+@pytest.mark.parametrize("config", [CONFIG, PLACES])
+def test_the_direction_of_a_movement_is_learnt(config: Any) -> None:
     torch.manual_seed(0)
     video = _Ready(16, untrained().scale)
-    model = Small(CONFIG, video, Label.learn(["falls", "rises"], CONFIG))
+    model = Small(config, video, Label.learn(["falls", "rises"], config))
     model.learn([films_of_a_dot(32, seed) for seed in range(60)], lr=3e-3)
     films, names = films_of_a_dot(100, 99)
     answers = model.say(films)

@@ -942,6 +942,25 @@ def test_cross_entropy_is_as_exact_as_torchs(case: tuple[int, int, int, bool, in
     assert torch.equal(loss, found[0]["loss"].detach())
 
 
+def test_a_gradient_over_many_symbols_is_as_exact_as_torchs() -> None:
+    """Sums over tens of thousands of symbols are made of sums over pieces: made in one go they would be three times as
+    far off as torch's."""
+    symbols = 20_001  # the last piece is not whole
+    weight, targets = random(0, "w", symbols, 33).float(), torch.arange(5) * (symbols // 5)
+
+    def gradient(dtype: torch.dtype, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        x = random(0, "x", 5, 33, dtype=dtype).requires_grad_()
+        (found,) = torch.autograd.grad(loss(x, weight.to(dtype)), x)
+        return found.double()
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(x @ w.t(), targets, reduction="sum")
+
+    exact = gradient(torch.float64, plain)
+    ours = gradient(torch.float32, lambda x, w: native.cross_entropy(x, w, None, targets))
+    assert (ours - exact).norm() <= 1.5 * (gradient(torch.float32, plain) - exact).norm()
+
+
 @in_both_precisions
 def test_threads_do_not_change_cross_entropy(bf16: bool, threads: Callable[[int], None]) -> None:
     targets = torch.randint(-1, 300, (301,), generator=torch.Generator().manual_seed(0))

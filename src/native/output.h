@@ -116,6 +116,8 @@ inline double cross_entropy_row(float* scores, int64_t n, int64_t target, bool g
     return std::log(static_cast<double>(rest)) - wanted;
 }
 
+constexpr int64_t symbols_at_once = 1024;  // that d(x) sums over before it adds up: a panel of so many stays near
+
 // Rows in blocks: scores of a block, its losses and their gradient in place, then the three products from it. A row that
 // is not counted takes no part in any of them: whatever it holds, NaN too, reaches nothing.
 template <class Number>
@@ -138,11 +140,17 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
     const int64_t pass = inputs.panels() * panel_elements<Number, Plain>(std::min(block, M));
     Scratch scores_block(static_cast<size_t>(block * scores_row) * 4), operands, right, d_operands;
     if (gradient) {
+        // [N / symbols_at_once][panels]; the last piece is smaller.
         backward_pack = Scratch(packed_bytes<Number>(inputs, c.N));
         right = Scratch(static_cast<size_t>(std::max<int64_t>(pass, 1)) * sizeof(Element));
         if (rounds<Number>) d_operands = Scratch(static_cast<size_t>(block * scores_row) * sizeof(Element));
     }
     if (rounds<Number>) operands = Scratch(static_cast<size_t>(block * K) * sizeof(Element));
+    const auto for_pieces = [&](auto&& work) {
+        for (int64_t j = 0; j < c.N; j += symbols_at_once)
+            work(j, std::min(symbols_at_once, c.N - j),
+                 backward_pack.as<Element>() + j / symbols_at_once * inputs.panels() * panel_elements<Number, Plain>(symbols_at_once));
+    };
     Vector<double> losses(static_cast<size_t>(block));
     double total = 0;
     Barrier barrier;
@@ -154,9 +162,11 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
         const Range my_columns = share(c.N, index, count);
         if (gradient) {
             const Range range = share(inputs.panels(), index, count);
-            for (int64_t p = range.first; p < range.last; ++p)
-                pack_columns<Number>(inputs, p, c.N, [&](int64_t k) { return c.weight + k * c.K; },
-                                     backward_pack.as<Element>() + p * panel_elements<Number, Plain>(c.N));
+            for_pieces([&](int64_t j, int64_t symbols, Element* packed) {
+                for (int64_t p = range.first; p < range.last; ++p)
+                    pack_columns<Number>(inputs, p, symbols, [&](int64_t k) { return c.weight + (j + k) * c.K; },
+                                         packed + p * panel_elements<Number, Plain>(symbols));
+            });
             std::memset(c.d_weight + my_columns.first * c.K, 0,
                         static_cast<size_t>((my_columns.last - my_columns.first) * c.K) * 4);
             if (c.d_bias)
@@ -195,8 +205,11 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
             if (gradient) {
                 to.clear();
                 for (int64_t i = mine.first; i < mine.last; ++i) to.push_back(c.d_x + counted[m + i] * c.K);
-                product<Number>(inputs, {0, inputs.panels()}, Operand<Number>{backward_pack.as<Element>(), nullptr, 0, c.N},
-                                nullptr, d_rows.data(), to.data(), own);
+                for_pieces([&](int64_t j, int64_t symbols, Element* packed) {
+                    product<Number>(inputs, {0, inputs.panels()}, Operand<Number>{packed, nullptr, 0, symbols}, nullptr,
+                                    d_rows.data(), to.data(), own, j > 0);
+                    for (const Element*& row : d_rows) row += symbols;
+                });
             }
             barrier.wait(count);
             if (index == 0)

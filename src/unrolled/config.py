@@ -107,6 +107,9 @@ class InputConfig(_Section):
     features: int = Field(
         128, ge=1, description="Size of the vector that the convolutional reader makes of an image or frame."
     )
+    places: int = Field(
+        0, ge=0, description="Read where in an image or frame so many things are, not what is in it; 0: what is in it."
+    )
     augment: bool = Field(
         True,
         description="Train on copies of images and films that are turned, scaled, moved and recoloured a little.",
@@ -513,6 +516,16 @@ def _contradictions(config: Config) -> Iterable[str]:
                 f"training.stride: expected at most training.window ({training.window}), else steps are skipped, got "
                 f"{training.stride}"
             )
+    if config.input.places and config.input.kind not in ("image", "video"):
+        yield (
+            f"input.places: only pictures have places: expected 0, or input.kind image or video, got "
+            f"{config.input.places}"
+        )
+    elif config.input.places and config.input.rows:
+        yield (
+            f"input.places: nothing looks for places in an image that is read row by row: expected 0, or input.rows "
+            f"false, got {config.input.places}"
+        )
     if training.tape_budget is not None and training.backend == "reference":
         yield (
             f"training.tape_budget: backend reference keeps all that autograd does: expected null, or training.backend "

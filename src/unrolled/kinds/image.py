@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from unrolled.config import Config
 
-__all__ = ["Image", "ImageReader", "Pictures", "RowsReader", "decode", "fit"]
+__all__ = ["Image", "ImageReader", "Pictures", "PlacesReader", "RowsReader", "decode", "fit"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -46,6 +46,8 @@ class Pictures(Input):
 
     def reader(self, config: Config) -> nn.Module:
         settings = config.input
+        if settings.places:
+            return PlacesReader(self.size, self.scale, settings.places, augment=settings.augment)
         return ImageReader(self.size, self.scale, settings.features, frames=self.frames, augment=settings.augment)
 
     def to_json(self) -> dict[str, Any]:
@@ -231,42 +233,17 @@ class _Scaling(nn.Module):
             return torch.einsum("nij,njhw->nihw", colours, moved) + brightness[:, None, None, None]
 
 
-class ImageReader(nn.Module):
-    """Pictures -> vectors: a small convolutional network, a matrix of its own for each region of what it finds, so that
-    where something is counts too, the sum, and a norm: a core's gates would soon be saturated by vectors that grow at
-    will, and nothing learnt any more.
-
-    Of images it is BatchNorm, which takes away what all of them have in common: a core that writes learns first to
-    write what suits any image, and would do so through vectors that are all alike. Of frames it is LayerNorm, since
-    padding stands among them.
-
-    Four convolutions 3 x 3, the first three of stride 2: without pooling there is half the work, and half to keep for
-    the backward. Each is followed by GroupNorm and ReLU; the norm is of one picture alone, where BatchNorm would mix in
-    the other rows of a batch and their padding.
+class _Reader(nn.Module):
+    """Pictures -> vectors, each of its own picture alone, a limited number of pictures at a time.
 
     Args:
-        size: s, pixels a side.
-        scale: of the three colours.
-        features: I, the size of a step's vector.
-        frames: whether the pictures are those of films.
-        augment: whether changed copies are trained on.
+        step_size: I, the size of a step's vector.
+        at_once: how many pictures are in work at a time.
     """
 
-    def __init__(self, size: int, scale: Scale, features: int, *, frames: bool = False, augment: bool = True) -> None:
+    def __init__(self, step_size: int, scaling: _Scaling, at_once: int) -> None:
         super().__init__()
-        self.step_size = features
-        self.scaling, self.at_once = _Scaling(scale, augment), max(1, _PIXELS_AT_ONCE // size**2)
-        widths, strides = (3, 32, 64, 128, 128), (2, 2, 2, 1)
-        layers: list[nn.Module] = []
-        for below, width, stride in zip(widths, widths[1:], strides, strict=False):
-            layers += [nn.Conv2d(below, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
-            size = (size - 1) // stride + 1
-        if size > _REGIONS:  # the matrices of all regions would be most of the model
-            size = _REGIONS
-            layers.append(nn.AdaptiveAvgPool2d(size))
-        self.convolutions = nn.Sequential(*layers)
-        self.linear = nn.Linear(widths[-1] * size**2, features)
-        self.norm = nn.LayerNorm(features) if frames else _BatchNorm(features)
+        self.step_size, self.scaling, self.at_once = step_size, scaling, max(1, at_once)
 
     def forward(self, pixels: UInt8[Tensor, "T B s s 3"]) -> Float[Tensor, "T B I"]:
         """A vector for each picture.
@@ -288,12 +265,114 @@ class ImageReader(nn.Module):
         return self._normed(torch.cat(vectors), steps)
 
     def _normed(self, vectors: Float[Tensor, "N I"], steps: int) -> Float[Tensor, "T B I"]:
-        normed: Tensor = self.norm(vectors)
-        return normed.view(steps, -1, self.step_size)
+        return vectors.view(steps, -1, self.step_size)
+
+    def _vectors(self, pixels: UInt8[Tensor, "N s s 3"], changes: _Changes | None) -> Float[Tensor, "N I"]:
+        raise NotImplementedError
+
+
+class ImageReader(_Reader):
+    """Pictures -> vectors: a small convolutional network, a matrix of its own for each region of what it finds, so that
+    where something is counts too, the sum, and a norm: a core's gates would soon be saturated by vectors that grow at
+    will, and nothing learnt any more.
+
+    Of images it is BatchNorm, which takes away what all of them have in common: a core that writes learns first to
+    write what suits any image, and would do so through vectors that are all alike. Of frames it is LayerNorm, since
+    padding stands among them.
+
+    Four convolutions 3 x 3, the first three of stride 2: without pooling there is half the work, and half to keep for
+    the backward. Each is followed by GroupNorm and ReLU; the norm is of one picture alone, where BatchNorm would mix in
+    the other rows of a batch and their padding.
+
+    Args:
+        size: s, pixels a side.
+        scale: of the three colours.
+        features: I, the size of a step's vector.
+        frames: whether the pictures are those of films.
+        augment: whether changed copies are trained on.
+    """
+
+    def __init__(self, size: int, scale: Scale, features: int, *, frames: bool = False, augment: bool = True) -> None:
+        super().__init__(features, _Scaling(scale, augment), _PIXELS_AT_ONCE // size**2)
+        widths, strides = (3, 32, 64, 128, 128), (2, 2, 2, 1)
+        layers: list[nn.Module] = []
+        for below, width, stride in zip(widths, widths[1:], strides, strict=False):
+            layers += [nn.Conv2d(below, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
+            size = (size - 1) // stride + 1
+        if size > _REGIONS:  # the matrices of all regions would be most of the model
+            size = _REGIONS
+            layers.append(nn.AdaptiveAvgPool2d(size))
+        self.convolutions = nn.Sequential(*layers)
+        self.linear = nn.Linear(widths[-1] * size**2, features)
+        self.norm = nn.LayerNorm(features) if frames else _BatchNorm(features)
+
+    def _normed(self, vectors: Float[Tensor, "N I"], steps: int) -> Float[Tensor, "T B I"]:
+        return super()._normed(self.norm(vectors), steps)
 
     def _vectors(self, pixels: UInt8[Tensor, "N s s 3"], changes: _Changes | None) -> Float[Tensor, "N I"]:
         vectors: Tensor = self.linear(self.convolutions(self.scaling(pixels, changes)).flatten(1))
         return vectors
+
+
+class PlacesReader(_Reader):
+    """Pictures -> places: not what is in each region of a picture, but where in it each of K things is.
+
+    Convolutions make K maps z_k of a picture, one for each thing that is looked for. A softmax over the places (x, y)
+    of a map says where the thing may be, and the mean of the places under it where it is, to fractions of a pixel:
+
+        p_k(x, y) = exp(a_k z_k(x, y)) / sum_x'y' exp(a_k z_k(x', y'));   vector_k = c sum_xy p_k(x, y) (x, y)
+
+    with x to the right and y downwards, from -1 to 1 from edge to edge (Levine et al. 2016, arXiv 1504.00702; Finn et
+    al. 2016, arXiv 1509.06113). What is learnt at one place of a picture is known at all others, and how far a thing
+    moved from frame to frame is the difference of two numbers.
+
+    Each map has mean 0 and deviation 1, of its picture alone, and a_k is learnt. So what stands out of a map is found
+    from the first update on, whatever the scale of the weights; where nothing does, it is in the middle. No norm
+    follows: one over a picture's vector would move all its places when one thing moves.
+
+    Three convolutions 3 x 3, the first of stride 2, with GroupNorm and ReLU between them. Beyond its edges a picture
+    goes on as at them: zeros there would be edges that stand out.
+
+    Args:
+        size: s, pixels a side.
+        scale: of the three colours.
+        places: K; a step's vector has I = 2 K numbers, x of all and then y of all.
+        augment: whether changed copies are trained on.
+    """
+
+    def __init__(self, size: int, scale: Scale, places: int, *, augment: bool = True) -> None:
+        super().__init__(2 * places, _Scaling(scale, augment), _PIXELS_AT_ONCE // size**2)
+
+        def convolution(below: int, width: int, stride: int = 1) -> nn.Module:
+            return nn.Conv2d(below, width, 3, stride, padding=1, padding_mode="replicate", bias=False)
+
+        first, second = _PLACES_WIDTHS
+        self.convolutions = nn.Sequential(
+            *(convolution(3, first, stride=2), nn.GroupNorm(8, first), nn.ReLU()),
+            *(convolution(first, second), nn.GroupNorm(8, second), nn.ReLU()),
+            *(convolution(second, places), nn.GroupNorm(places, places, affine=False)),
+        )
+        self.sharpness = nn.Parameter(torch.full((places,), math.log(_SHARPNESS)))  # log a_k
+
+    def _vectors(self, pixels: UInt8[Tensor, "N s s 3"], changes: _Changes | None) -> Float[Tensor, "N I"]:
+        maps: Tensor = self.convolutions(self.scaling(pixels, changes))
+        with torch.autocast(maps.device.type, enabled=False):  # bf16 has 8 bits: it would lose what a frame moves
+            scores = maps.to(self.sharpness.dtype) * self.sharpness.exp()[:, None, None]
+            chances = scores.flatten(2).softmax(-1).view_as(scores)
+            side = scores.shape[-1]
+            at = (torch.arange(side, dtype=scores.dtype, device=scores.device) * 2 + 1) / side - 1
+            return _SPREAD * torch.cat([chances.sum(2) @ at, chances.sum(3) @ at], dim=1)
+
+
+_PLACES_WIDTHS = (16, 32)
+"""Channels of the first two convolutions that look for places."""
+
+_SHARPNESS = 1.0
+"""a_k at first: what is small stands out of its map by several deviations, and has most of the softmax then. At 3, one
+pixel has it all, and what lies between pixels is lost."""
+
+_SPREAD = 8.0
+"""c: what moves within a picture moves by an eighth of its side or so, and a core reads numbers of deviation 1 well."""
 
 
 class _BatchNorm(nn.BatchNorm1d):
