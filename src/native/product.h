@@ -203,11 +203,15 @@ __attribute__((noinline)) void pack_rows(const Panels& panels, int64_t panel, co
 }
 
 // Packs one panel of the operand whose row k is `row(k)`, a pointer to its columns (a weight as torch keeps it, used
-// as x W; or the steps of a sequence).
+// as x W; or the steps of a sequence). `ahead`: ask for what lies so many rows further, where rows are too far apart for a
+// processor to follow.
 template <class Number, class Panels, class Row>
-void pack_columns(const Panels& panels, int64_t panel, int64_t K, Row row, ElementOf<Number>* to) {
+void pack_columns(const Panels& panels, int64_t panel, int64_t K, Row row, ElementOf<Number>* to, int64_t ahead = 0) {
     constexpr int NV = Panels::NV;
     for (int64_t k = 0; k < K; k += Number::step) {
+        for (int64_t next = k + ahead; ahead > 0 && next < std::min(k + ahead + Number::step, K); ++next)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) __builtin_prefetch(row(next) + panels.column(panel, v), 0, 2);
         for (int v = 0; v < NV; ++v) {
             const int n = panels.valid(panel, v);
             const int64_t column = panels.column(panel, v);
@@ -467,6 +471,9 @@ void product_over_steps(const ElementOf<Number>* const* left, int64_t K, int64_t
             for (int64_t p = 0; p < panels.panels(); ++p) {
                 each_tile<max_rows(Plain::NV)>(count, [&](auto rows, int64_t first) UNROLLED_LAMBDA_INLINE {
                     constexpr int R = decltype(rows)::value;
+                    float* const corner = into + (m + first + shift) * N + panels.column(p, 0);
+                    for (int r = 0; r < R; ++r)  // megabytes of sums, which are far away again by now
+                        for (int v = 0; v < Plain::NV; ++v) __builtin_prefetch(corner + r * N + v * L, 1, 3);
                     Sums<R, Plain::NV> sums;
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r)
@@ -479,7 +486,7 @@ void product_over_steps(const ElementOf<Number>* const* left, int64_t K, int64_t
                         const int valid = panels.valid(p, v);
                         if (valid == 0) continue;
                         for (int r = 0; r < R; ++r) {
-                            float* out = into + (m + first + r + shift) * N + panels.column(p, v);
+                            float* out = corner + r * N + v * L;
                             store(out, load(out, valid) + sums.of[r][v], valid);
                         }
                     }

@@ -105,6 +105,8 @@ int64_t row_of_input_weight(int64_t k, int64_t H) {
     return k;
 }
 
+constexpr int64_t rows_ahead = 16;  // of a weight, that are on their way while one is packed
+
 template <class Number, Cell C>
 void pack_weights(bool backward, int64_t I, int64_t H, const Weights& w, std::byte* into, int threads) {
     using Element = ElementOf<Number>;
@@ -131,13 +133,13 @@ void pack_weights(bool backward, int64_t I, int64_t H, const Weights& w, std::by
             const Range range = share(panels.panels(), index, count);
             for (int64_t p = range.first; p < range.last; ++p)
                 pack_columns<Number>(panels, p, K, [&](int64_t k) { return w.ih + row_of_input_weight<C>(k, H) * I; },
-                                     input + p * panel_elements<Number, Plain>(K));
+                                     input + p * panel_elements<Number, Plain>(K), rows_ahead);
         }
         const Plain panels{H};
         const Range range = share(panels.panels(), index, count);
         for (int64_t p = range.first; p < range.last; ++p)
             pack_columns<Number>(panels, p, K, [&](int64_t k) { return w.hh + k * H; },
-                                 recurrent + p * panel_elements<Number, Plain>(K));
+                                 recurrent + p * panel_elements<Number, Plain>(K), rows_ahead);
     });
 }
 
@@ -505,6 +507,34 @@ constexpr int d_gates() {
 
 UNROLLED_INLINE vf load_or_zero(const float* p, int64_t u, int n) { return p == nullptr ? splat(0) : load(p + u, n); }
 
+// Asks for what `finish_back_tile` reads, before the product that it waits for: it comes from a tape that went through memory
+// long ago, a few lines here and a few there, which a processor cannot foresee.
+template <class Number, Cell C, int R>
+UNROLLED_INLINE void prefetch_back_tile(const Plain& panels, int64_t panel, int64_t H, const BackRows<Number>& rows,
+                                        int64_t first) {
+    for (int r = 0; r < R; ++r) {
+        const int64_t i = first + r;
+        for (int v = 0; v < Plain::NV && panels.valid(panel, v) > 0; ++v) {
+            const int64_t u = panels.column(panel, v);
+            const auto ask = [u](const float* from, int64_t offset = 0) UNROLLED_LAMBDA_INLINE {
+                if (from != nullptr) __builtin_prefetch(from + offset + u, 0, 2);
+            };
+            ask(rows.d_output[i]);
+            if constexpr (C == Cell::rnn || C == Cell::rnn_relu) {
+                ask(rows.h[i]);
+            } else {
+                for (int64_t gate = 0; gate < 4; ++gate) ask(rows.tape[i], gate * H);
+                if constexpr (C == Cell::lstm) {
+                    ask(rows.c[i]);
+                    ask(rows.c_before[i]);
+                } else {
+                    ask(rows.h_before[i]);
+                }
+            }
+        }
+    }
+}
+
 template <class Number, Cell C, int R>
 UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plain& panels, int64_t panel, int64_t H,
                                       BackRows<Number>& rows, int64_t first) {
@@ -739,6 +769,7 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
                 const int64_t p = (s & 1) ? hidden_range.first + hidden_range.last - 1 - q : q;
                 each_tile<max_rows(Plain::NV)>(m, [&](auto tile_rows, int64_t first) UNROLLED_LAMBDA_INLINE {
                     constexpr int R = decltype(tile_rows)::value;
+                    prefetch_back_tile<Number, C, R>(hidden_panels, p, H, step, first);
                     Sums<R, Plain::NV> sums;
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r)

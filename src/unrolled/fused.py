@@ -162,8 +162,8 @@ def costs(
 
     # The kernels' scratch memory, of forward and of backward, which is kept from call to call: weights laid out for one
     # of them, in whole panels of vectors; of a block D, the gradients of its sums (where operands are rounded also as
-    # it was before), and what D is multiplied with; D of first steps and what is carried from step to step; forward,
-    # the sums of some 128 rows; h of steps without a tape; states passed on.
+    # it was before), and what D is multiplied with; D of first steps and what is carried from step to step; states
+    # passed on.
     def panels(n: int, whole: int = 64) -> int:
         return -(-n // whole) * whole
 
@@ -174,15 +174,15 @@ def costs(
         ahead = min(n, max(batch, 128))
         fixed += operand * ((n + batch) * (columns + 16) + n * (panels(width) + panels(hidden)))
         fixed += 4 * cast * n * (columns + 16)
-        fixed += 4 * ahead * gates * hidden + operand * cast * ahead * (width + 2 * hidden + 64)
-    fixed += 4 * (kept_h * rows * hidden + 4 * batch * hidden + 4 * state)
+        fixed += operand * cast * ahead * (width + 2 * hidden + 64)
+    fixed += 4 * (4 * batch * hidden + 4 * state)
     # Of each thread: a piece of D turned, and a few blocks that are smaller than the page that each of them takes.
     fixed += torch.get_num_threads() * (4 * 256 * 96 + 8 * 4096)
     if isinstance(inputs, Lookup):
         symbols = cell.input_size if inputs.table is None else inputs.table.shape[0]
         fixed += 4 * (3 * gates * hidden * symbols if looked_up else 2 * steps * batch * width)
     fixed += 4 * 8 * batch + 48 * rows  # lengths of a block, places of its rows and pointers to them
-    return Costs(-(-steps // size), state * 4, tape * 4, fixed + 64 * 1024)
+    return Costs(-(-steps // size), state * 4, tape * 4, fixed + 96 * 1024)
 
 
 def _budgeted(
@@ -326,8 +326,12 @@ class _Blocks:
     def _lengths(self, span: slice) -> Tensor | None:
         return None if self.lengths is None else (self.lengths - span.start).clamp_(0, span.stop - span.start)
 
-    def _run(self, span: slice, state: Tensors, record: bool) -> tuple[Tensors, Tensors]:
-        """(what `record` keeps, the state after)."""
+    def _run(self, span: slice, state: Tensors, keep: bool) -> tuple[Tensors, Tensors]:
+        """(what `record` keeps, the state after).
+
+        What is not kept is written all the same: there is always place for one more tape, and where the gates stand the
+        kernels need no other memory for what they are made of.
+        """
         own = self.h if self.writes else None
         run, tape = native.forward_into(
             self.make.name,
@@ -335,7 +339,7 @@ class _Blocks:
             [self._direction(state, span)],
             self._lengths(span),
             bf16=self.make.bf16,
-            record=record,
+            record=True,
             cs=self.make.whole_c,
             packs=self._packed(backward=False),
             outputs=None if own is None else own[span],
@@ -345,7 +349,7 @@ class _Blocks:
         after: Tensors = (run.h[0],) if run.c is None else (run.h[0], run.c[0])
         h = run.outputs if self.h is None else None
         c = run.cs if self.c is None else None
-        if record and self.lengths is None:
+        if keep and self.lengths is None:
             # The last of what is kept anyway.
             last = 0 if self.make.reverse else -1
             every_h = h if self.h is None else self.h[span]
@@ -356,14 +360,12 @@ class _Blocks:
         return (*state, tape, h, c), after
 
     def advance(self, first: int, last: int, state: Tensors) -> Tensors:
-        if self.h is not None and self.writes:
-            return self._run(self._span(first, last), state, record=False)[1]
-        for block in range(first, last):  # so that outputs that nobody wants are those of a block
-            state = self._run(self._span(block), state, record=False)[1]
+        for block in range(first, last):
+            state = self._run(self._span(block), state, keep=False)[1]
         return state
 
     def record(self, block: int, state: Tensors) -> tuple[Tensors, Tensors]:
-        return self._run(self._span(block), state, record=True)
+        return self._run(self._span(block), state, keep=True)
 
     def final(self, state: Tensors) -> Tensors:
         h, c = (*state, None)[:2]
