@@ -639,3 +639,24 @@ def test_a_block_beyond_all_steps_is_the_whole_sequence() -> None:
     for other in found[1:]:
         for a, b in zip(other, found[0], strict=True):
             assert torch.equal(a, b)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults as Linux does")
+def test_a_large_tape_lies_on_large_pages(tmp_path: Path) -> None:
+    """Tens of megabytes are fresh memory at every call: on small pages each costs a fault, some 16,000 in all."""
+    in_a_new_process(
+        """
+        import pathlib, resource, torch
+        from unrolled.nn import GRU
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.set_num_threads(1)
+        layer, x = GRU(256, 512), torch.zeros(100, 64, 256)
+        before = faults()
+        outputs, _ = layer(x)
+        had = faults() - before
+        told = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        on = told.exists() and "[never]" not in told.read_text()
+        assert had < 6000 or not on, f"{had} page faults"
+        """,
+        tmp_path / "log",
+    )
