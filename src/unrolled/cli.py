@@ -399,8 +399,9 @@ def _report(figures: Mapping[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(figures, ensure_ascii=False))
         return
     shown = {key.replace("_", " "): value for key, value in figures.items()}
-    for name in ("naive", "last", "trivial"):  # what always the same simple answer would reach
-        shown |= {f"{key}, {name} answer": value for key, value in (figures.get(name) or {}).items()}
+    simple = {"naive": "naive answer", "last": "if nothing changed", "trivial": "trivial answer"}
+    for name, told in simple.items():  # what always the same simple answer would reach
+        shown |= {f"{key}, {told}": value for key, value in (figures.get(name) or {}).items()}
     _table({key: _figure(value) for key, value in shown.items() if isinstance(value, int | float)})
     for line in render(figures):
         typer.echo(line)
