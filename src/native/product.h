@@ -203,15 +203,11 @@ __attribute__((noinline)) void pack_rows(const Panels& panels, int64_t panel, co
 }
 
 // Packs one panel of the operand whose row k is `row(k)`, a pointer to its columns (a weight as torch keeps it, used
-// as x W; or the steps of a sequence). `ahead`: ask for what lies so many rows further, where rows are too far apart for a
-// processor to follow.
+// as x W; or the steps of a sequence).
 template <class Number, class Panels, class Row>
-void pack_columns(const Panels& panels, int64_t panel, int64_t K, Row row, ElementOf<Number>* to, int64_t ahead = 0) {
+void pack_columns(const Panels& panels, int64_t panel, int64_t K, Row row, ElementOf<Number>* to) {
     constexpr int NV = Panels::NV;
     for (int64_t k = 0; k < K; k += Number::step) {
-        for (int64_t next = k + ahead; ahead > 0 && next < std::min(k + ahead + Number::step, K); ++next)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) __builtin_prefetch(row(next) + panels.column(panel, v), 0, 2);
         for (int v = 0; v < NV; ++v) {
             const int n = panels.valid(panel, v);
             const int64_t column = panels.column(panel, v);

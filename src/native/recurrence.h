@@ -105,8 +105,6 @@ int64_t row_of_input_weight(int64_t k, int64_t H) {
     return k;
 }
 
-constexpr int64_t rows_ahead = 16;  // of a weight, that are on their way while one is packed
-
 template <class Number, Cell C>
 void pack_weights(bool backward, int64_t I, int64_t H, const Weights& w, std::byte* into, int threads) {
     using Element = ElementOf<Number>;
@@ -133,13 +131,13 @@ void pack_weights(bool backward, int64_t I, int64_t H, const Weights& w, std::by
             const Range range = share(panels.panels(), index, count);
             for (int64_t p = range.first; p < range.last; ++p)
                 pack_columns<Number>(panels, p, K, [&](int64_t k) { return w.ih + row_of_input_weight<C>(k, H) * I; },
-                                     input + p * panel_elements<Number, Plain>(K), rows_ahead);
+                                     input + p * panel_elements<Number, Plain>(K));
         }
         const Plain panels{H};
         const Range range = share(panels.panels(), index, count);
         for (int64_t p = range.first; p < range.last; ++p)
             pack_columns<Number>(panels, p, K, [&](int64_t k) { return w.hh + k * H; },
-                                 recurrent + p * panel_elements<Number, Plain>(K), rows_ahead);
+                                 recurrent + p * panel_elements<Number, Plain>(K));
     });
 }
 

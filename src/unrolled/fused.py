@@ -182,6 +182,7 @@ def costs(
         symbols = cell.input_size if inputs.table is None else inputs.table.shape[0]
         fixed += 4 * (3 * gates * hidden * symbols if looked_up else 2 * steps * batch * width)
     fixed += 4 * 8 * batch + 48 * rows  # lengths of a block, places of its rows and pointers to them
+    # And what none of these is: up to a page for each of some twenty small tensors.
     return Costs(-(-steps // size), state * 4, tape * 4, fixed + 96 * 1024)
 
 
@@ -303,10 +304,10 @@ class _Blocks:
         )
         self.needs = needs
 
-    def _span(self, block: int, last: int | None = None) -> slice:
-        """The steps of a block, or of those up to `last`, in the order of the sequence."""
+    def _span(self, block: int) -> slice:
+        """The steps of a block, in the order of the sequence."""
         begin = block * self.make.size
-        end = min((block + 1 if last is None else last) * self.make.size, self.steps)
+        end = min(begin + self.make.size, self.steps)
         return slice(self.steps - end, self.steps - begin) if self.make.reverse else slice(begin, end)
 
     def _direction(self, state: Tensors, span: slice) -> Direction:

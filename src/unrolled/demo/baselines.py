@@ -6,12 +6,24 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
+from unrolled.kinds import Answer
+from unrolled.kinds.scores import TextScore
 from unrolled.ngram import NGram
 
-__all__ = ["NaiveBayes", "NearestNeighbour", "most_frequent", "ngram_perplexity"]
+__all__ = ["NaiveBayes", "NearestNeighbour", "most_frequent", "ngram_perplexity", "text_figures"]
+
+
+def text_figures(answers: Iterable[str], expected: Iterable[Any], names: Sequence[str]) -> tuple[float, ...]:
+    """These figures of `TextScore` for answers that no model gave."""
+    score = TextScore()
+    for answer, right in zip(answers, expected, strict=True):
+        score.add(Answer(answer, answer), right)
+    figures = score.figures()
+    return tuple(figures[name] for name in names)
 
 
 def most_frequent(values: Iterable[str]) -> str:

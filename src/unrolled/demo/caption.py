@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unrolled.demo.baselines import most_frequent
+from unrolled.demo.baselines import most_frequent, text_figures
 from unrolled.demo.road import Road, Row, model_name, spread
 from unrolled.evaluation import evaluate_examples
-from unrolled.kinds import Answer
 from unrolled.kinds.image import decode
-from unrolled.kinds.scores import TextScore
 from unrolled.prediction import predict
 
 __all__ = ["run"]
@@ -24,6 +22,7 @@ _SETTINGS: dict[str, Any] = {
     "average": 0.98, "warmup": 50, "epochs": 90, "training.valid_every": 180,
 }  # fmt: skip
 _SHORT: dict[str, Any] = {**_SETTINGS, "epochs": 8, "training.valid_every": 48}
+_FIGURES = ("exact", "chrf", "bleu")
 
 _LEARNT, _HELD_OUT = ("noto", "fluent-flat"), "twemoji"
 _SIDE, _ACROSS = 32, 32
@@ -50,11 +49,13 @@ def run(road: Road) -> None:
 
     figures = evaluate_examples(model, test, watcher=road.watcher)
     usual = most_frequent(row["name"] for row in learn)
-    near = _nearest(np.concatenate([sheets[style] for style in _LEARNT]), sheets[_HELD_OUT])
+    alike = _nearest(np.concatenate([sheets[style] for style in _LEARNT]), sheets[_HELD_OUT])
+    near = [learn[i]["name"] for i in alike]
+    expected = [row["name"] for row in test]
     table = [
-        Row("always the most frequent name", _scores([usual] * len(test), test), must=True),
-        Row("the picture with the most similar pixels", _scores([learn[i]["name"] for i in near], test)),
-        Row(model_name(model), (figures["exact"], figures["chrf"], figures["bleu"])),
+        Row("always the most frequent name", text_figures([usual] * len(test), expected, _FIGURES), must=True),
+        Row("the picture with the most similar pixels", text_figures(near, expected, _FIGURES)),
+        Row(model_name(model), tuple(figures[name] for name in _FIGURES)),
     ]
     road.show_scores("Held-out score", ("exact", "chrF", "BLEU"), table, (".1%", ".1f", ".1f"))
     gain = 100 * (table[2].figures[0] - table[1].figures[0])
@@ -101,11 +102,3 @@ def _nearest(known: Pixels, pictures: Pixels) -> list[int]:
     wanted = pictures.reshape(len(pictures), -1).astype(np.float32) / 255
     found: list[int] = (squares - 2 * wanted @ flat.T).argmin(1).tolist()
     return found
-
-
-def _scores(answers: list[str], test: list[dict[str, str]]) -> tuple[float, float, float]:
-    score = TextScore()
-    for answer, row in zip(answers, test, strict=True):
-        score.add(Answer(answer, answer), row["name"])
-    figures = score.figures()
-    return figures["exact"], figures["chrf"], figures["bleu"]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from unrolled.demo.baselines import NearestNeighbour, most_frequent
+from unrolled.demo.baselines import NearestNeighbour, most_frequent, text_figures
 from unrolled.demo.road import Road, Row, model_name, spread
 from unrolled.evaluation import evaluate_examples
-from unrolled.kinds import Answer
-from unrolled.kinds.scores import TextScore
 from unrolled.prediction import predict
 
 __all__ = ["run"]
@@ -20,6 +18,7 @@ _SETTINGS: dict[str, Any] = {
     "average": 0.99, "epochs": 16,
 }  # fmt: skip
 _SHORT: dict[str, Any] = {**_SETTINGS, "hidden": 128, "epochs": 6}
+_FIGURES = ("chrf", "bleu", "exact")
 
 
 def run(road: Road) -> None:
@@ -38,11 +37,13 @@ def run(road: Road) -> None:
 
     figures = evaluate_examples(model, road.data / "test.jsonl.xz", watcher=road.watcher)
     english, korean = [str(row["en"]) for row in learn], [str(row["ko"]) for row in learn]
-    near, usual = NearestNeighbour(english, korean), most_frequent(korean)
+    nearest, usual = NearestNeighbour(english, korean), most_frequent(korean)
+    near = [nearest.answer(row["en"]) for row in test]
+    expected = [row["ko"] for row in test]
     rows = [
-        Row("always the most frequent translation", _scores([usual] * len(test), test), must=True),
-        Row("that of the most similar sentence", _scores([near.answer(row["en"]) for row in test], test)),
-        Row(model_name(model), (figures["chrf"], figures["bleu"], figures["exact"])),
+        Row("always the most frequent translation", text_figures([usual] * len(test), expected, _FIGURES), must=True),
+        Row("that of the most similar sentence", text_figures(near, expected, _FIGURES)),
+        Row(model_name(model), tuple(figures[name] for name in _FIGURES)),
     ]
     road.show_scores("Held-out score", ("chrF", "BLEU", "exact"), rows, (".1f", ".1f", ".1%"))
     gain = rows[2].figures[0] - rows[1].figures[0]
@@ -57,11 +58,3 @@ def run(road: Road) -> None:
         "unrolled evaluate {out} {data}/test.jsonl.xz --beam 1      # greedy",
         "unrolled train PAIRS.tsv --input text:ko --output text:en --out my-translator/",
     )
-
-
-def _scores(answers: list[str], test: list[dict[str, Any]]) -> tuple[float, float, float]:
-    score = TextScore()
-    for answer, row in zip(answers, test, strict=True):
-        score.add(Answer(answer, answer), row["ko"])
-    figures = score.figures()
-    return figures["chrf"], figures["bleu"], figures["exact"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -233,7 +234,7 @@ class _Scaling(nn.Module):
             return torch.einsum("nij,njhw->nihw", colours, moved) + brightness[:, None, None, None]
 
 
-class _Reader(nn.Module):
+class _Reader(nn.Module, ABC):
     """Pictures -> vectors, each of its own picture alone, a limited number of pictures at a time.
 
     Args:
@@ -267,8 +268,9 @@ class _Reader(nn.Module):
     def _normed(self, vectors: Float[Tensor, "N I"], steps: int) -> Float[Tensor, "T B I"]:
         return vectors.view(steps, -1, self.step_size)
 
+    @abstractmethod
     def _vectors(self, pixels: UInt8[Tensor, "N s s 3"], changes: _Changes | None) -> Float[Tensor, "N I"]:
-        raise NotImplementedError
+        """Of pictures that are in work at the same time, with the changes that were drawn for them."""
 
 
 class ImageReader(_Reader):
