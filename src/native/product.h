@@ -159,10 +159,9 @@ __attribute__((noinline)) void pack_rows(const Panels& panels, int64_t panel, co
         ElementOf<Number>* out = to + v * L * Number::step;
         int64_t k = k0;
         for (; k + L * Number::step <= k1; k += L * Number::step) {
-#pragma GCC unroll 16
-            for (int i = 0; i < L; ++i)
-#pragma GCC unroll 2
-                for (int s = 0; s < Number::step; ++s) __builtin_prefetch(next + i * stride + k + s * L, 0, 2);
+            // In the order of memory: all of these rows, as far as all columns of this vector are packed.
+#pragma GCC unroll 32
+            for (int i = 0; i < L * Number::step; ++i) __builtin_prefetch(next + L * (k + i), 0, 2);
             vf block[L];
             if constexpr (std::is_same_v<Number, Float32>) {
                 if (n == L) {

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "beside.h"
 #include "kernels.h"
 #include "product.h"
 
@@ -224,27 +225,50 @@ UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const typename PanelsO
     }
 }
 
+constexpr int64_t tiles_at_once = 2;  // of one row
+
 // One step of the first n rows, for the panels of `range`. Every other step goes through them backwards: the panels that
-// were used last are still near.
+// were used last are still near. With one row, pieces of the product `beside` are done too, if it is not null; the weights
+// are packed then.
 template <class Number, Cell C>
 void step_panels(const Operand<Number>& recurrent, const float* bias, int64_t H, Range range, bool backwards,
-                 StepRows<Number>& rows, int64_t n) {
+                 StepRows<Number>& rows, int64_t n,
+                 ProductBeside<Number, typename PanelsOf<C>::type>* beside = nullptr) {
     using Panels = typename PanelsOf<C>::type;
     constexpr int NV = Panels::NV;
     const Panels panels{H};
+    const auto panel_at = [&](int64_t q) { return backwards ? range.first + range.last - 1 - q : q; };
+    const auto multiply_tile = [&](auto& sums, auto tile_rows, int64_t p, int64_t first) UNROLLED_LAMBDA_INLINE {
+        constexpr int R = decltype(tile_rows)::value;
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            const int valid = panels.valid(p, v);
+            const vf start = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(p, v), valid);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums.of[r][v] = start;
+        }
+        if constexpr (R == 1)
+            if (beside != nullptr)
+                return beside->multiply(sums, rows.operand[first],
+                                        recurrent.packed + p * panel_elements<Number, Panels>(H), H);
+        multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand + first);
+    };
+    if (n == 1) {
+        // The functions of a tile's gates wait for one another; those of another tile do not wait for them.
+        Sums<1, NV> sums[tiles_at_once];
+        for (int64_t q = range.first; q < range.last; q += tiles_at_once) {
+            const int64_t some = std::min(tiles_at_once, range.last - q);
+            for (int64_t j = 0; j < some; ++j) multiply_tile(sums[j], std::integral_constant<int, 1>{}, panel_at(q + j), 0);
+            for (int64_t j = 0; j < some; ++j) finish_tile<Number, C, 1, NV>(sums[j], panels, panel_at(q + j), H, rows, 0);
+        }
+        return;
+    }
     for (int64_t q = range.first; q < range.last; ++q) {
-        const int64_t p = backwards ? range.first + range.last - 1 - q : q;
+        const int64_t p = panel_at(q);
         each_tile<max_rows(NV)>(n, [&](auto tile_rows, int64_t first) UNROLLED_LAMBDA_INLINE {
             constexpr int R = decltype(tile_rows)::value;
             Sums<R, NV> sums;
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) {
-                const int valid = panels.valid(p, v);
-                const vf start = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(p, v), valid);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) sums.of[r][v] = start;
-            }
-            multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand + first);
+            multiply_tile(sums, tile_rows, p, first);
             finish_tile<Number, C, R, NV>(sums, panels, p, H, rows, first);
         });
     }
@@ -254,6 +278,13 @@ constexpr int64_t rows_at_hand = 128;  // rows of inputs that are multiplied at 
 
 int64_t steps_at_hand(int64_t T, int64_t rows) {
     return std::clamp<int64_t>(rows_at_hand / std::max<int64_t>(rows, 1), 1, std::max<int64_t>(T, 1));
+}
+
+// Whether the recurrence of a single row, which waits for memory, is long enough for the products with the inputs of later
+// steps to be done beside it: all of W_ih is packed for that, and the inputs of the first steps have nothing beside them.
+template <class Number>
+bool pays_beside(const Extent& e) {
+    return e.T >= 3 * rows_beside && e.I > 0 && e.I % beside_piece<Number> == 0 && e.H % beside_piece<Number> == 0;
 }
 
 // What the threads of one call have in common, per direction.
@@ -334,52 +365,69 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
 
     // The products with the inputs, for as many steps at once as make them large while what they write stays near; of all
     // threads together, for the budget of `fused.costs` holds whatever their number.
-    const int64_t ahead = lookup ? T : steps_at_hand(T, B);
+    const bool beside = n == 1 && !lookup && input.packed != nullptr && recurrent.packed != nullptr && pays_beside<Number>(f.extent);
+    const int64_t ahead = lookup ? T : beside ? rows_beside : steps_at_hand(T, B);
+    const int64_t slots = beside ? 2 * ahead : ahead;  // steps that there is room for
     const bool in_place = f.tape[d] != nullptr || C == Cell::rnn || C == Cell::rnn_relu;
     Scratch projected_block, x_block;
     float* projected = shared.projected.template as<float>();
     if (!lookup && !in_place && !plan.by_units) {
-        projected_block = Scratch(static_cast<size_t>(ahead * n * G * H) * 4);
+        projected_block = Scratch(static_cast<size_t>(slots * n * G * H) * 4);
         projected = projected_block.as<float>();
     }
     const int64_t KI = padded<Number>(I);
-    if (!lookup && rounds<Number>) x_block = Scratch(static_cast<size_t>(ahead * n * KI) * sizeof(Element));
+    if (!lookup && rounds<Number>) x_block = Scratch(static_cast<size_t>(slots * n * KI) * sizeof(Element));
     const auto projected_row = [&](int64_t t, int64_t i, int64_t s) -> float* {
         const int64_t at = t * B + rows[i];
         if constexpr (C == Cell::rnn || C == Cell::rnn_relu) return outputs + at * stride;
         if (in_place) return f.tape[d] + at * tape_gates(C) * H;
-        return projected + (s * n + i) * G * H;
+        return projected + ((s % slots) * n + i) * G * H;
     };
     Vector<const Element*> x_rows;
     Vector<float*> x_to;
 
+    const auto list_inputs = [&](int64_t s0) {
+        x_rows.clear();
+        x_to.clear();
+        for (int64_t s = s0; s < std::min(s0 + ahead, T); ++s) {
+            const int64_t t = reverse ? T - 1 - s : s;
+            for (int64_t i = 0, m = plan.active(rows, t); i < m; ++i) {
+                const float* x = f.inputs.x + t * f.inputs.step + rows[i] * f.inputs.row;
+                if constexpr (rounds<Number>) {
+                    Element* to = x_block.as<Element>() + ((s % slots) * n + i) * KI;
+                    Number::store_row(to, x, I);
+                    for (int64_t k = I; k < KI; ++k) to[k] = Element{};
+                    x_rows.push_back(to);
+                } else {
+                    x_rows.push_back(x);
+                }
+                x_to.push_back(projected_row(t, i, s));
+            }
+        }
+        return static_cast<int64_t>(x_rows.size());
+    };
+    const auto multiply_inputs = [&](int64_t from, int64_t count) {
+        if (passing)
+            product_passing<Number>(panels, range, input, w.bias_ih, x_rows.data() + from, x_to.data() + from, count,
+                                    passing_block.as<Element>());
+        else product<Number>(panels, range, input, w.bias_ih, x_rows.data() + from, x_to.data() + from, count);
+    };
+    ProductBeside<Number, Panels> later(panels, range, input, w.bias_ih);
+
     StepRows<Number> step(static_cast<size_t>(n));
     if (rounds<Number> && plan.by_units) barrier.wait(index, count);  // for the operands
-    for (int64_t s0 = 0; s0 < T; s0 += ahead) {
+    for (int64_t s0 = 0, listed = 0; s0 < T; s0 += ahead) {
         const int64_t s1 = std::min(s0 + ahead, T);
-        if (!lookup) {
-            x_rows.clear();
-            x_to.clear();
-            for (int64_t s = s0; s < s1; ++s) {
-                const int64_t t = reverse ? T - 1 - s : s;
-                for (int64_t i = 0, m = plan.active(rows, t); i < m; ++i) {
-                    const float* x = f.inputs.x + t * f.inputs.step + rows[i] * f.inputs.row;
-                    if constexpr (rounds<Number>) {
-                        Element* to = x_block.as<Element>() + static_cast<int64_t>(x_rows.size()) * KI;
-                        Number::store_row(to, x, I);
-                        for (int64_t k = I; k < KI; ++k) to[k] = Element{};
-                        x_rows.push_back(to);
-                    } else {
-                        x_rows.push_back(x);
-                    }
-                    x_to.push_back(projected_row(t, i, s - s0));
-                }
-            }
-            const auto x_count = static_cast<int64_t>(x_rows.size());
-            if (passing)
-                product_passing<Number>(panels, range, input, w.bias_ih, x_rows.data(), x_to.data(), x_count,
-                                        passing_block.as<Element>());
-            else product<Number>(panels, range, input, w.bias_ih, x_rows.data(), x_to.data(), x_count);
+        if (!lookup && (!beside || s0 == 0)) {
+            listed = list_inputs(s0);
+            multiply_inputs(0, listed);
+        }
+        if (beside) {
+            const int64_t now = listed;
+            listed = list_inputs(s1);
+            const int64_t fit = std::min(listed, now * H / I);  // beside these steps; the others are multiplied before
+            multiply_inputs(fit, listed - fit);
+            later.begin(x_rows.data(), x_to.data(), fit);
         }
         for (int64_t s = s0; s < s1; ++s) {
             const int64_t t = reverse ? T - 1 - s : s;
@@ -399,7 +447,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                     step.operand_after[i] = nullptr;
                 }
                 step.projected[i] =
-                    lookup ? f.table[d] + f.inputs.ids[at] * G * H : projected_row(t, i, s - s0);
+                    lookup ? f.table[d] + f.inputs.ids[at] * G * H : projected_row(t, i, s);
                 step.h[i] = outputs + at * stride;
                 step.tape[i] = f.tape[d] != nullptr ? f.tape[d] + at * tape_gates(C) * H : nullptr;
                 if constexpr (C == Cell::lstm) {
@@ -412,8 +460,13 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                     }
                 }
             }
-            step_panels<Number, C>(recurrent, w.bias_hh, H, range, (s & 1) != 0, step, m);
-            if (plan.by_units && s + 1 < T) barrier.wait(index, count);
+            step_panels<Number, C>(recurrent, w.bias_hh, H, range, (s & 1) != 0, step, m, beside ? &later : nullptr);
+            if (plan.by_units && s + 1 < T)
+                barrier.wait(index, count, [&] {
+                    if (!later.left()) return false;
+                    later.advance();
+                    return true;
+                });
         }
     }
 
@@ -434,14 +487,14 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
 }
 
 // Packs the weights for one call where that pays: with few rows in all, each weight is used so seldom that it is packed
-// on the way. So is W_ih where each of its panels is used once, for the rows of all steps.
+// on the way. So is W_ih where each of its panels is used once, for the rows of all steps and not beside them.
 template <class Number, Cell C>
 void forward_layer(const Forward& given, int threads) {
     Forward f = given;
     const Extent& e = f.extent;
     const Plan plan = make_plan(e, C, f.directions, threads);
     const bool lookup = f.inputs.ids != nullptr;
-    const bool once = (plan.by_units || plan.threads == 1) && e.T * e.B <= rows_at_hand;
+    const bool once = (plan.by_units || plan.threads == 1) && e.T * e.B <= rows_at_hand && !(e.B == 1 && pays_beside<Number>(e));
     Scratch packs[2];
     Shared shared[2];
     Barrier barriers[2];

@@ -194,12 +194,21 @@ void Barrier::wait(int count) {
     spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
 }
 
-void Barrier::wait(int index, int count) {
-    if (count != 2) return wait(count);
+uint32_t Barrier::arrive(int index) {
     const uint32_t round = marks_[index].round.load(std::memory_order_relaxed) + 1;
     marks_[index].round.store(round, std::memory_order_release);
-    // The other one may be at the next meeting already, and no further.
-    spin_until([&] { return static_cast<int32_t>(marks_[1 - index].round.load(std::memory_order_acquire) - round) >= 0; });
+    return round;
+}
+
+bool Barrier::met(int other, uint32_t round) const {
+    // It may be at the next meeting already, and no further.
+    return static_cast<int32_t>(marks_[other].round.load(std::memory_order_acquire) - round) >= 0;
+}
+
+void Barrier::wait_for(int other, uint32_t round) const { spin_until([&] { return met(other, round); }); }
+
+void Barrier::wait(int index, int count) {
+    wait(index, count, [] { return false; });
 }
 
 }  // namespace unrolled

@@ -33,8 +33,21 @@ public:
     // The same, for threads that say which one they are: two then only look at each other's mark, which takes half as long.
     // One barrier is used in one of the two ways.
     void wait(int index, int count);
+    // The same, and `work()` over and over meanwhile, until it says that nothing is left to do.
+    template <class Work>
+    void wait(int index, int count, Work work) {
+        if (count != 2) return wait(count);
+        const uint32_t round = arrive(index);
+        while (!met(1 - index, round))
+            if (!work()) return wait_for(1 - index, round);
+    }
 
 private:
+    // Of two threads. Not inline: see vector.h.
+    uint32_t arrive(int index);
+    bool met(int other, uint32_t round) const;
+    void wait_for(int other, uint32_t round) const;
+
     struct alignas(128) Mark {  // no two on one line of a cache, nor on a pair of lines that come together
         std::atomic<uint32_t> round{0};
     };

@@ -65,9 +65,25 @@ UNROLLED_INLINE void store(float* p, vf x, int n) {
 
 UNROLLED_INLINE vf select(vi mask, vf yes, vf no) { return vf((vi(yes) & mask) | (vi(no) & ~mask)); }
 
-// NaN stays NaN: a comparison with it is false.
-UNROLLED_INLINE vf at_least(vf x, float low) { return select(x < splat(low), splat(low), x); }
-UNROLLED_INLINE vf at_most(vf x, float high) { return select(x > splat(high), splat(high), x); }
+// NaN stays NaN: a comparison with it is false, and of two numbers of which one is NaN the instructions take the second.
+UNROLLED_INLINE vf at_least(vf x, float low) {
+#if UNROLLED_LANES == 16
+    return vf(_mm512_max_ps(__m512(splat(low)), __m512(x)));
+#elif UNROLLED_LANES == 8
+    return vf(_mm256_max_ps(__m256(splat(low)), __m256(x)));
+#else
+    return select(x < splat(low), splat(low), x);
+#endif
+}
+UNROLLED_INLINE vf at_most(vf x, float high) {
+#if UNROLLED_LANES == 16
+    return vf(_mm512_min_ps(__m512(splat(high)), __m512(x)));
+#elif UNROLLED_LANES == 8
+    return vf(_mm256_min_ps(__m256(splat(high)), __m256(x)));
+#else
+    return select(x > splat(high), splat(high), x);
+#endif
+}
 
 // --- bfloat16: the upper half of a float32, rounded to nearest, ties to even
 
@@ -102,7 +118,8 @@ UNROLLED_INLINE vf round_bf16(vf x) {
 // --- exp, sigmoid, tanh: within a few units in the last place over the whole range
 //
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; exp(r) - 1 by its Taylor series, whose first left-out
-// term r^8 / 8! is 5e-9 at most.
+// term r^8 / 8! is 5e-9 at most. The series is summed in pairs (Estrin's scheme): by Horner's rule each term waits for the
+// one before, and a step of the recurrence for all of them.
 
 struct Reduced {
     vf scale;  // 2^n
@@ -115,12 +132,11 @@ UNROLLED_INLINE Reduced reduce(vf x) {
     vf n = shifted - magic;
     vf r = x - n * splat(0.693359375f);  // ln 2 in two parts, the first exact in n * part
     r = r - n * splat(-2.12194440e-4f);
-    vf q = splat(1.0f / 5040) * r + splat(1.0f / 720);
-    q = q * r + splat(1.0f / 120);
-    q = q * r + splat(1.0f / 24);
-    q = q * r + splat(1.0f / 6);
-    q = q * r + splat(0.5f);
-    vf small = (q * r) * r + r;
+    const vf square = r * r;
+    const vf first = splat(1.0f / 6) * r + splat(0.5f);
+    const vf second = splat(1.0f / 120) * r + splat(1.0f / 24);
+    const vf third = splat(1.0f / 5040) * r + splat(1.0f / 720);
+    const vf small = ((third * square + second) * square + first) * square + r;
     vf scale = vf((vi(shifted) << 23) + vi(splat(1.0f)));
     return {scale, small};
 }

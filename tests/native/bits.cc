@@ -89,7 +89,7 @@ void check_rows(const std::string& set, const Sample& sample) {
                  std::to_string(n) + " rows from " + std::to_string(rows[0]) + " have other bits than among all");
     };
     for (int64_t row = 0; row < B; row += options.quick ? 5 : thread_sanitizer ? 12 : 3)
-        for (const int threads : {1, 3})
+        for (const int threads : {1, 2, 3})
             for (const bool packed : {false, true}) check({row}, threads, packed);
     // A handful, in another order: other tiles, and, where there is much to do, shared by units.
     for (const int threads : {1, 2, 3}) {
@@ -205,6 +205,8 @@ void check_bits() {
         {5, 37, 3, 31, big_block, ragged | resets | lookup},
         {3, 37, 128, 208, big_block, both | resets},            // alone: shared by units and packed on the way
         {6, 12, 65, 70, big_block, ragged | lookup | reversed},
+        {50, 12, 64, 128, big_block, ragged | resets | both},   // alone: inputs multiplied beside the recurrence
+        {66, 12, 192, 64, big_block, ragged | reversed | strided},
     };
     std::vector<Size> sequences = {
         {11, 7, 17, 33, 4, ragged | resets},
