@@ -3,9 +3,9 @@
     python benchmarks/native.py [--quick] [--rows TEXT ...] [--rounds 7] [--seconds 0.5] [--backend auto]
     python benchmarks/native.py --from benchmarks/results/native.json      the tables anew, nothing measured
 
-Every row is a process of its own, with both of its sides on the same weights and inputs. Values and gradients are
-compared first, with a computation in float64 as the judge; then both run in turn, round by round, and the ratio is
-taken within a round.
+Both sides of a row have the same weights and inputs, each in a process of its own. Values and gradients are compared
+first, with a computation in float64 as the judge; then both run in turn, round by round, and the ratio is taken within
+a round.
 `ROWS` is the table: what is measured, against what, and the smallest ratio that passes for each size.
 
 A full run writes benchmarks/results/native.json and the tables in benchmarks/README.md, README.md and README.ko.md.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -27,11 +26,10 @@ from typing import Any
 
 import torch
 from layers import trials
+from layers.apart import measure_apart, serve
 from layers.rounds import Goal, Row, Setting, measure
 from layers.tables import shown_cost, shown_ratio, write_pages
-from machine import describe, examine, run_json
-
-from unrolled.allocator import keep_freed_memory
+from machine import describe, examine
 
 HERE = Path(__file__).resolve().parent
 SHOWN = Goal()  # for the reader; nothing is judged
@@ -146,7 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.run:
         job = json.loads(given.run)
-        print(json.dumps(trials.peak_of_process(job) if "side" in job else measure_here(job)))
+        if "side" in job:
+            print(json.dumps(trials.peak_of_process(job)))
+        else:
+            serve(ROWS, job, sys.stdin, partial(print, flush=True))
         return 0
     if given.source:
         write_pages(json.loads(given.source.read_text("utf-8")))
@@ -188,30 +189,14 @@ def run(chosen: list[tuple[Row, str]], setting: Setting) -> dict[str, Any]:
     print(f"limit: {told}; backend: {setting.backend}; {setting.rounds} rounds of {setting.seconds:g} s a side\n")
     began, rows = time.monotonic(), []
     for row, label in chosen:
-        result = (measure if setting.quick else measure_apart)(row, label, setting, limits)
+        if setting.quick:
+            result = measure(row, label, setting, limits)
+        else:
+            result = measure_apart(row, ROWS.index(row), label, setting, limits)
         rows.append(result)
         print(line(result), flush=True)
     print(f"\n{len(rows)} rows, {time.monotonic() - began:.0f} s")
     return {"machine": machine, **asdict(setting), "limits": limits, "table": rows}
-
-
-def measure_apart(row: Row, label: str, setting: Setting, limits: dict[str, float | None]) -> dict[str, Any]:
-    """`measure` in a new process: what a row leaves in the allocator and in thread pools changes the next one's time
-    (a packed torch.nn.LSTM runs several times slower or faster by it), and a crash ends one row only."""
-    job = {"row": ROWS.index(row), "label": label, "setting": asdict(setting), "limits": limits}
-    try:
-        result: dict[str, Any] = run_json([sys.executable, __file__, "--run", json.dumps(job)])
-    except subprocess.CalledProcessError as error:
-        return row.head(label) | {"missing": f"its process ended with exit code {error.returncode}"}
-    return result
-
-
-def measure_here(job: dict[str, Any]) -> dict[str, Any]:
-    """What `measure_apart` runs."""
-    setting = Setting(**job["setting"])
-    if setting.keep_memory:
-        keep_freed_memory()
-    return measure(ROWS[job["row"]], job["label"], setting, job["limits"])
 
 
 def title(row: Row, label: str) -> str:

@@ -127,11 +127,14 @@ class Row:
         return Size(hidden, batch, self.steps)
 
 
-def measure(row: Row, label: str, setting: Setting, limits: dict[str, float | None]) -> dict[str, Any]:
-    """Everything about one size of a row, to be kept as JSON. `limits`: precision -> FLOP/s."""
+def measure(
+    row: Row, label: str, setting: Setting, limits: dict[str, float | None], trial: Trial | None = None
+) -> dict[str, Any]:
+    """Everything about one size of a row, to be kept as JSON. `limits`: precision -> FLOP/s; trial: the row made ready,
+    if it is."""
     result = row.head(label)
     try:
-        trial = row.build(row.size(label, setting), setting)
+        trial = trial or row.build(row.size(label, setting), setting)
     except Missing as why:
         return result | {"missing": str(why)}
     result["equality"] = trial.check()

@@ -386,15 +386,16 @@ void product(const Panels& panels, Range range, const Operand<Number>& operand, 
     }
 }
 
-// The same with an operand of which no panel is used again: each is packed into `buffer`, of one panel, and used at once
-// while it is near.
+// The same with an operand that is not packed yet: each panel is packed and used at once while it is near. `into` is where
+// the first panel of `range` goes, and the others after it if they are kept, in its place if not.
 template <class Number, class Panels>
-void product_passing(const Panels& panels, Range range, Operand<Number> operand, const float* bias,
-                     const ElementOf<Number>* const* rows, float* const* to, int64_t n, ElementOf<Number>* buffer) {
-    operand.packed = buffer;
+void product_packing(const Panels& panels, Range range, Operand<Number> operand, const float* bias,
+                     const ElementOf<Number>* const* rows, float* const* to, int64_t n, ElementOf<Number>* into, bool keep) {
     for (operand.first = range.first; operand.first < range.last; ++operand.first) {
-        pack_rows<Number>(panels, operand.first, operand.rows, operand.stride, 0, operand.K, buffer);
+        operand.packed = into;
+        pack_rows<Number>(panels, operand.first, operand.rows, operand.stride, 0, operand.K, into);
         product<Number>(panels, {operand.first, operand.first + 1}, operand, bias, rows, to, n);
+        if (keep) into += panel_elements<Number, Panels>(operand.K);
     }
 }
 

@@ -225,8 +225,6 @@ UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const typename PanelsO
     }
 }
 
-constexpr int64_t tiles_at_once = 2;  // of one row
-
 // One step of the first n rows, for the panels of `range`. Every other step goes through them backwards: the panels that
 // were used last are still near. With one row, pieces of the product `beside` are done too, if it is not null; the weights
 // are packed then.
@@ -237,38 +235,24 @@ void step_panels(const Operand<Number>& recurrent, const float* bias, int64_t H,
     using Panels = typename PanelsOf<C>::type;
     constexpr int NV = Panels::NV;
     const Panels panels{H};
-    const auto panel_at = [&](int64_t q) { return backwards ? range.first + range.last - 1 - q : q; };
-    const auto multiply_tile = [&](auto& sums, auto tile_rows, int64_t p, int64_t first) UNROLLED_LAMBDA_INLINE {
-        constexpr int R = decltype(tile_rows)::value;
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-            const int valid = panels.valid(p, v);
-            const vf start = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(p, v), valid);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sums.of[r][v] = start;
-        }
-        if constexpr (R == 1)
-            if (beside != nullptr)
-                return beside->multiply(sums, rows.operand[first],
-                                        recurrent.packed + p * panel_elements<Number, Panels>(H), H);
-        multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand + first);
-    };
-    if (n == 1) {
-        // The functions of a tile's gates wait for one another; those of another tile do not wait for them.
-        Sums<1, NV> sums[tiles_at_once];
-        for (int64_t q = range.first; q < range.last; q += tiles_at_once) {
-            const int64_t some = std::min(tiles_at_once, range.last - q);
-            for (int64_t j = 0; j < some; ++j) multiply_tile(sums[j], std::integral_constant<int, 1>{}, panel_at(q + j), 0);
-            for (int64_t j = 0; j < some; ++j) finish_tile<Number, C, 1, NV>(sums[j], panels, panel_at(q + j), H, rows, 0);
-        }
-        return;
-    }
     for (int64_t q = range.first; q < range.last; ++q) {
-        const int64_t p = panel_at(q);
+        const int64_t p = backwards ? range.first + range.last - 1 - q : q;
         each_tile<max_rows(NV)>(n, [&](auto tile_rows, int64_t first) UNROLLED_LAMBDA_INLINE {
             constexpr int R = decltype(tile_rows)::value;
             Sums<R, NV> sums;
-            multiply_tile(sums, tile_rows, p, first);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+                const int valid = panels.valid(p, v);
+                const vf start = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(p, v), valid);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) sums.of[r][v] = start;
+            }
+            if (R == 1 && beside != nullptr) {
+                if constexpr (R == 1)
+                    beside->multiply(sums, rows.operand[first], recurrent.packed + p * panel_elements<Number, Panels>(H), H);
+            } else {
+                multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand + first);
+            }
             finish_tile<Number, C, R, NV>(sums, panels, p, H, rows, first);
         });
     }
@@ -289,8 +273,9 @@ bool pays_beside(const Extent& e) {
 
 // What the threads of one call have in common, per direction.
 struct Shared {
-    // Packed for this call alone. input null: packed panel by panel on the way.
-    const std::byte *input = nullptr, *recurrent = nullptr;
+    // Weights packed for this call alone. input null: packed panel by panel on the way, each used at once.
+    std::byte *input = nullptr, *recurrent = nullptr;
+    bool unpacked = false;  // each thread is to pack the panels of its units, which no other one reads
     // If they share by units: h as operands, c, and what the inputs contribute. Threads that each ask for memory of their
     // own wait for one another, which for a single step takes longer than the arithmetic.
     Scratch operands, cells, projected;
@@ -324,6 +309,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
         recurrent.packed = reinterpret_cast<const Element*>(shared.recurrent);
     }
     const bool passing = !lookup && input.packed == nullptr && recurrent.packed != nullptr;
+    bool unpacked = shared.unpacked;
     Scratch passing_block;
     if (passing)
         passing_block = Scratch(static_cast<size_t>(panel_elements<Number, Panels>(I)) * sizeof(Element));
@@ -407,10 +393,14 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
         return static_cast<int64_t>(x_rows.size());
     };
     const auto multiply_inputs = [&](int64_t from, int64_t count) {
-        if (passing)
-            product_passing<Number>(panels, range, input, w.bias_ih, x_rows.data() + from, x_to.data() + from, count,
-                                    passing_block.as<Element>());
-        else product<Number>(panels, range, input, w.bias_ih, x_rows.data() + from, x_to.data() + from, count);
+        const Element* const* x = x_rows.data() + from;
+        float* const* to = x_to.data() + from;
+        const int64_t here = range.first * panel_elements<Number, Panels>(I);
+        if (passing) product_packing<Number>(panels, range, input, w.bias_ih, x, to, count, passing_block.as<Element>(), false);
+        else if (unpacked)
+            product_packing<Number>(panels, range, input, w.bias_ih, x, to, count,
+                                    reinterpret_cast<Element*>(shared.input) + here, true);
+        else product<Number>(panels, range, input, w.bias_ih, x, to, count);
     };
     ProductBeside<Number, Panels> later(panels, range, input, w.bias_ih);
 
@@ -421,6 +411,12 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
         if (!lookup && (!beside || s0 == 0)) {
             listed = list_inputs(s0);
             multiply_inputs(0, listed);
+        }
+        if (unpacked) {
+            for (int64_t p = range.first; p < range.last; ++p)
+                pack_rows<Number>(panels, p, w.hh, H, 0, H,
+                                  reinterpret_cast<Element*>(shared.recurrent) + p * panel_elements<Number, Panels>(H));
+            unpacked = false;
         }
         if (beside) {
             const int64_t now = listed;
@@ -460,7 +456,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                     }
                 }
             }
-            step_panels<Number, C>(recurrent, w.bias_hh, H, range, (s & 1) != 0, step, m, beside ? &later : nullptr);
+            step_panels<Number, C>(recurrent, w.bias_hh, H, range, (s & 1) == 0, step, m, beside ? &later : nullptr);
             if (plan.by_units && s + 1 < T)
                 barrier.wait(index, count, [&] {
                     if (!later.left()) return false;
@@ -494,7 +490,8 @@ void forward_layer(const Forward& given, int threads) {
     const Extent& e = f.extent;
     const Plan plan = make_plan(e, C, f.directions, threads);
     const bool lookup = f.inputs.ids != nullptr;
-    const bool once = (plan.by_units || plan.threads == 1) && e.T * e.B <= rows_at_hand && !(e.B == 1 && pays_beside<Number>(e));
+    const bool own = plan.by_units || plan.threads == 1;  // no two threads use the same panel
+    const bool once = own && e.T * e.B <= rows_at_hand && !(e.B == 1 && pays_beside<Number>(e));
     Scratch packs[2];
     Shared shared[2];
     Barrier barriers[2];
@@ -503,7 +500,8 @@ void forward_layer(const Forward& given, int threads) {
         if (f.packed[d] == nullptr && e.T * e.B > rows_packed_on_the_way) {
             const int64_t I = lookup || once ? 0 : e.I;
             packs[d] = Scratch(packed_size_of<Number, C>(false, I, e.H));
-            pack_weights<Number, C>(false, I, e.H, f.weights[d], packs[d].data(), plan.threads);
+            shared[d].unpacked = own;
+            if (!own) pack_weights<Number, C>(false, I, e.H, f.weights[d], packs[d].data(), plan.threads);
             if (I > 0) shared[d].input = packs[d].data();
             shared[d].recurrent = packs[d].data() + packed_input_size<Number, C>(I, e.H);
         }
