@@ -98,7 +98,7 @@ def test_a_growing_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------------------------- native.py
 
-TABLE = ("native", "layers.rounds", "layers.tables", "layers.trials")
+TABLE = ("native", "layers.apart", "layers.rounds", "layers.tables", "layers.trials")
 
 
 @pytest.fixture
@@ -184,6 +184,23 @@ def test_rounds_change_the_order_and_a_ratio_is_of_one_round(native: dict[str, M
     assert order == ["ours", "peer", "peer", "ours", "ours", "peer"]
     assert result["ratio"] == {"median": 3.0, "min": 2.0, "max": 4.0, "runs": [2.0, 3.0, 4.0]}
     assert (result["gflops"], result["share"]) == (2.0, 0.5)
+
+
+def test_each_side_is_measured_in_a_process_of_its_own(native: dict[str, ModuleType]) -> None:
+    rows, setting = native["native"].ROWS, native["rounds"].Setting(2, 0.002, 1, quick=True)
+    number = next(i for i, row in enumerate(rows) if row.work == "RNN one step")
+    limits = {"fp32": None, "bf16": None}
+    result = native["apart"].measure_apart(rows[number], number, "128/1", setting, limits)
+    assert len(result["ratio"]["runs"]) == 2
+    assert result["ratio"]["median"] > 0
+    assert {"tensor": "output", "fault": False}.items() <= result["equality"][0].items()
+
+
+def test_a_process_that_dies_ends_its_row_only(native: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    apart, row = native["apart"], native["native"].ROWS[0]
+    monkeypatch.setattr(apart, "SCRIPT", Path("there is no such script"))
+    result = apart.measure_apart(row, 0, "128/32", native["rounds"].Setting(1, 0.0, 1), {"fp32": None, "bf16": None})
+    assert result["missing"] == "a process ended with exit code 2"
 
 
 def test_the_tables_of_native_are_written_between_the_marks(native: dict[str, ModuleType], tmp_path: Path) -> None:
