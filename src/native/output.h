@@ -131,7 +131,7 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
     const int64_t M = static_cast<int64_t>(counted.size());
     const auto x = [&](int64_t i) { return c.x + counted[i] * c.x_row; };
     // Large enough for efficient sums over its rows, and at most some 16 MB of scores.
-    const int64_t block = std::clamp<int64_t>((int64_t{4} << 20) / std::max<int64_t>(c.N, 1), 32, summed_at_once);
+    const int64_t block = std::clamp<int64_t>((int64_t{4} << 20) / std::max<int64_t>(c.N, 1), 32, summed_at_once<Number>);
     const int64_t scores_row = (c.N + 1 + 15) / 16 * 16;
     const int64_t K = padded<Number>(c.K);
     Scratch forward_pack(packed_linear_size_of<Number>(c.N, c.K));
@@ -158,7 +158,7 @@ void cross_entropy_layer(const CrossEntropy& c, int threads) {
         NoDenormals mode;
         Vector<const Element*> rows, d_rows;
         Vector<float*> to;
-        Scratch buffer(static_cast<size_t>(summed_at_once * left_columns) * sizeof(Element));
+        Scratch buffer(static_cast<size_t>(summed_at_once<Number> * left_columns) * sizeof(Element));
         const Range my_columns = share(c.N, index, count);
         if (gradient) {
             const Range range = share(inputs.panels(), index, count);

@@ -401,7 +401,9 @@ void product_packing(const Panels& panels, Range range, Operand<Number> operand,
 
 // --- products summed over the steps of a sequence: into[m][n] += sum over k of left[k][m] * right[k][n]
 
-constexpr int64_t summed_at_once = 256;  // k's per pass; sums beyond are added up pass by pass
+// k's per pass; sums beyond are added up pass by pass. As many as make a panel of 64 KB, of either kind of numbers.
+template <class Number>
+constexpr int64_t summed_at_once = 256 * Number::step;
 constexpr int64_t left_columns = 96;     // m's packed at once
 
 // Packs columns [m0, m0 + count) of rows [0, K) of the left operand as [K / step][count][step].
@@ -457,8 +459,8 @@ void product_over_steps(const ElementOf<Number>* const* left, int64_t K, int64_t
                         const ElementOf<Number>* right, int64_t right_stride, int64_t N, float* into, int64_t shift,
                         ElementOf<Number>* buffer) {
     const Plain panels{N};
-    for (int64_t pass = 0; pass * summed_at_once < K; ++pass) {
-        const int64_t k0 = pass * summed_at_once, count_k = std::min(summed_at_once, K - k0);
+    for (int64_t pass = 0; pass * summed_at_once<Number> < K; ++pass) {
+        const int64_t k0 = pass * summed_at_once<Number>, count_k = std::min(summed_at_once<Number>, K - k0);
         const ElementOf<Number>* packed = right + pass * right_stride;
         const int64_t panel_size = panel_elements<Number, Plain>(count_k);
         for (int64_t m = m0; m < m1; m += left_columns) {
@@ -497,8 +499,8 @@ template <class Number, class Row>
 void pack_right(int64_t N, int64_t K, Row row, ElementOf<Number>* to, int64_t stride, int index, int count) {
     const Plain panels{N};
     const Range range = share(panels.panels(), index, count);
-    for (int64_t pass = 0; pass * summed_at_once < K; ++pass) {
-        const int64_t k0 = pass * summed_at_once, count_k = std::min(summed_at_once, K - k0);
+    for (int64_t pass = 0; pass * summed_at_once<Number> < K; ++pass) {
+        const int64_t k0 = pass * summed_at_once<Number>, count_k = std::min(summed_at_once<Number>, K - k0);
         for (int64_t p = range.first; p < range.last; ++p)
             pack_columns<Number>(panels, p, count_k, [&](int64_t k) { return row(k0 + k); },
                                  to + pass * stride + p * panel_elements<Number, Plain>(count_k));

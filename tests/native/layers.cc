@@ -69,6 +69,7 @@ constexpr Size sizes[] = {
     {7, 4, 65, 70, 4, ragged | resets | strided},
     // more rows than one pass of the weights' gradients takes; more steps than are projected at once
     {22, 29, 7, 19, 11, ragged | resets | both | strided},
+    {19, 29, 7, 19, big_block, resets | no_bias},
     {70, 9, 3, 5, big_block, ragged | some_null},
     {200, 2, 4, 6, 32, ragged | resets | reversed},
     {300, 1, 4, 6, 64, reversed | lookup},
