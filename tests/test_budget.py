@@ -581,6 +581,8 @@ MEASURED = {
     "blocks of one step": {"block": 1, "batch": 100, "steps": 20, "outputs": False},
     "blocks of one step, ragged": {"block": 1, "batch": 100, "steps": 20, "ragged": True},
     "a shorter last block": {"block": 16, "steps": 58},
+    "more rows than a pass takes": {"block": 1, "batch": 300, "steps": 20, "outputs": False},
+    "more rows than a pass takes, bfloat16": {"block": 1, "batch": 600, "steps": 20, "outputs": False, "bf16": True},
 }
 
 

@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 class Process:
-    """This script as a process that has made a row ready and answers line by line, in JSON, until its input ends."""
+    """`native.py` as a process that has made a row ready and answers line by line, in JSON, until its input ends."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         command = [sys.executable, str(SCRIPT), "--run", json.dumps(job)]

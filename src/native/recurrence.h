@@ -653,15 +653,15 @@ BackwardLayout backward_layout(const Extent& e, bool lookup, bool exact) {
     const auto round = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
     const size_t element = sizeof(ElementOf<Number>);
     const int64_t steps = std::min(e.block, e.T), K = steps * e.B;
-    const int64_t passes = (K + summed_at_once<Number> - 1) / summed_at_once<Number>;
     BackwardLayout l{};
     // One spare element: an odd number of columns is read in pairs.
     l.d_row = (d_gates<C>() * e.H + 1 + 15) / 16 * 16;
     l.d_bytes = round(static_cast<size_t>(std::max<int64_t>(K, 1) * l.d_row) * element);
     l.h_pass = Plain{e.H}.panels() * panel_elements<Number, Plain>(std::min(K, summed_at_once<Number>));
     l.x_pass = lookup ? 0 : Plain{e.I}.panels() * panel_elements<Number, Plain>(std::min(K, summed_at_once<Number>));
-    l.h_bytes = round(static_cast<size_t>(passes * l.h_pass) * element);
-    l.x_bytes = round(static_cast<size_t>(passes * l.x_pass) * element);
+    // The last pass takes no more than its own rows.
+    l.h_bytes = round(static_cast<size_t>(Plain{e.H}.panels() * panel_elements<Number, Plain>(K)) * element);
+    l.x_bytes = lookup ? 0 : round(static_cast<size_t>(Plain{e.I}.panels() * panel_elements<Number, Plain>(K)) * element);
     l.second_d = e.T > e.block ? l.d_bytes : 0;
     l.right_h = l.second_d + l.d_bytes;
     l.right_x = l.right_h + l.h_bytes;
