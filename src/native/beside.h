@@ -9,31 +9,36 @@ namespace {
 
 constexpr int64_t rows_beside = 16;  // at most
 
-// Elements of k that are multiplied at once: few enough that a piece of the inputs' operand stays in the first cache while
-// the recurrent operand streams through it.
+// Elements of k, of I inputs, that are multiplied at once beside a recurrence of H units: few enough that a piece of the
+// inputs' operand stays in the first cache while the recurrent operand streams through it. 0: no piece divides the inputs.
 template <class Number>
-constexpr int64_t beside_piece = 32 * Number::step;
+int64_t beside_piece(int64_t I, int64_t H) {
+    for (const int64_t piece : {32 * Number::step, 16 * Number::step})
+        if (I % piece == 0 && (H % (2 * piece) == 0 || (piece == 16 * Number::step && H > 2 * piece))) return piece;
+    return 0;
+}
 
-// rows x operand + bias for the panels of `range`, a piece at a time, one row's part of a panel. Each sum has its k's in
-// order, as in `product`, and so the same bits.
+// rows x operand + bias for the panels of `range`, a piece at a time: two rows' part of a panel, whose vectors are loaded
+// once for both, beside twice as many k's of the recurrence. That is as many loads as multiply-adds; one row beside as many
+// k's would be five to four. Each sum has its k's in order, as in `product`, and so the same bits.
 template <class Number, class Panels>
 class ProductBeside {
     using Element = ElementOf<Number>;
     static constexpr int NV = Panels::NV;
-    static constexpr int64_t piece = beside_piece<Number>;
     const Panels panels_;
     const Range range_;
     const Operand<Number> operand_;
     const float* const bias_;
+    const int64_t piece_;
     const Element* const* rows_ = nullptr;
     float* const* to_ = nullptr;
     int64_t count_ = 0, panel_ = 0, k_ = 0, row_ = 0;
     alignas(64) float partial_[rows_beside][NV * L];  // sums of the panel in hand, for the k's before k_
 
 public:
-    // K of the operand is a multiple of `beside_piece`, and it is packed.
-    ProductBeside(const Panels& panels, Range range, const Operand<Number>& operand, const float* bias)
-        : panels_(panels), range_(range), operand_(operand), bias_(bias), panel_(range.last) {}
+    // piece: `beside_piece`; 0: it is not used. The operand is packed.
+    ProductBeside(const Panels& panels, Range range, const Operand<Number>& operand, const float* bias, int64_t piece)
+        : panels_(panels), range_(range), operand_(operand), bias_(bias), piece_(piece), panel_(range.last) {}
 
     // The next `count` rows, `rows_beside` at most, and where their products go; those before must be done.
     void begin(const Element* const* rows, float* const* to, int64_t count) {
@@ -42,14 +47,17 @@ public:
         k_ = row_ = 0;
     }
 
+    // How many rows fit beside `steps` steps of a recurrence of K elements.
+    int64_t fit(int64_t steps, int64_t K) const { return 2 * (steps * (K / (2 * piece_)) / (operand_.K / piece_)); }
+
     // Whether something is left to do.
     bool left() const { return panel_ < range_.last; }
 
-    // sums += row x panel over K elements (a multiple of `beside_piece`), and pieces of this product while some are left.
+    // sums += row x panel over K elements, and pieces of this product while some are left.
     void multiply(Sums<1, NV>& sums, const Element* row, const Element* panel, int64_t K) {
         Sums<1, NV> s = sums;
         int64_t k = 0;
-        for (; k < K && left(); k += piece) multiply_piece<true>(s, row + k, panel + k * NV * L);
+        for (; k + 2 * piece_ <= K && left(); k += 2 * piece_) multiply_piece<true>(s, row + k, panel + k * NV * L);
         if (k < K) UNROLLED_ISA::multiply<Number, 1, NV>(s, &row, k, panel + k * NV * L, K - k);
         sums = s;
     }
@@ -63,42 +71,50 @@ public:
 private:
     template <bool Both>
     UNROLLED_INLINE void multiply_piece(Sums<1, NV>& sums, const Element* row, const Element* panel) {
-        const Element* const x = rows_[row_] + k_;
+        const int64_t at[2] = {row_, std::min(row_ + 1, count_ - 1)};  // the last of an odd number: twice the same
+        const Element* const x[2] = {rows_[at[0]] + k_, rows_[at[1]] + k_};
         const Element* const mine = operand_.packed + panel_ * panel_elements<Number, Panels>(operand_.K) + k_ * NV * L;
-        float* const to = to_[row_];
-        vf s[NV], t[NV];
+        vf s[NV], t[2][NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             const int valid = panels_.valid(panel_, v);
             if constexpr (Both) s[v] = sums.of[0][v];
-            t[v] = k_ > 0 ? load(partial_[row_] + v * L)
-                   : bias_ == nullptr || valid == 0 ? splat(0)
-                                                    : load(bias_ + panels_.column(panel_, v), valid);
-        }
 #pragma GCC unroll 2
-        for (int64_t k = 0; k < piece; k += Number::step) {
-            vf a[NV], b[NV];
+            for (int r = 0; r < 2; ++r)
+                t[r][v] = k_ > 0 ? load(partial_[at[r]] + v * L)
+                          : bias_ == nullptr || valid == 0 ? splat(0)
+                                                           : load(bias_ + panels_.column(panel_, v), valid);
+        }
+        for (int64_t k = 0; k < piece_; k += Number::step) {
+            vf b[NV];
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) {
-                if constexpr (Both) std::memcpy(&a[v], panel + k * NV * L + v * L * Number::step, sizeof(vf));
-                std::memcpy(&b[v], mine + k * NV * L + v * L * Number::step, sizeof(vf));
-            }
+            for (int v = 0; v < NV; ++v) std::memcpy(&b[v], mine + k * NV * L + v * L * Number::step, sizeof(vf));
             if constexpr (Both)
+#pragma GCC unroll 2
+                for (int64_t q = 2 * k; q < 2 * k + 2 * Number::step; q += Number::step)
 #pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) s[v] = Number::multiply_add(row + k, a[v], s[v]);
+                    for (int v = 0; v < NV; ++v) {
+                        vf a;
+                        std::memcpy(&a, panel + q * NV * L + v * L * Number::step, sizeof(vf));
+                        s[v] = Number::multiply_add(row + q, a, s[v]);
+                    }
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) t[v] = Number::multiply_add(x + k, b[v], t[v]);
+                for (int v = 0; v < NV; ++v) t[r][v] = Number::multiply_add(x[r] + k, b[v], t[r][v]);
         }
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             const int valid = panels_.valid(panel_, v);
             if constexpr (Both) sums.of[0][v] = s[v];
-            if (k_ + piece < operand_.K) store(partial_[row_] + v * L, t[v]);
-            else if (valid > 0) store(to + panels_.column(panel_, v), t[v], valid);
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; ++r)
+                if (k_ + piece_ < operand_.K) store(partial_[at[r]] + v * L, t[r][v]);
+                else if (valid > 0) store(to_[at[r]] + panels_.column(panel_, v), t[r][v], valid);
         }
-        if (++row_ < count_) return;
+        if ((row_ += 2) < count_) return;
         row_ = 0;
-        if ((k_ += piece) < operand_.K) return;
+        if ((k_ += piece_) < operand_.K) return;
         k_ = 0;
         ++panel_;
     }

@@ -235,24 +235,55 @@ struct Sums {
     vf of[R][NV];
 };
 
-// sums += rows x panel over K elements (a multiple of Number::step).
-template <class Number, int R, int NV>
+// Of `multiply`: nothing to ask for.
+struct Nothing {
+    UNROLLED_INLINE void operator()(int) const {}
+};
+
+// sums += a x panel over K elements (a multiple of Number::step); element k of row r at a(k, r). `ask(r)` is called once for
+// every row on the way, evenly spread: what a tile needs afterwards is prefetched there. Asked for all at once, it would
+// keep the panel waiting.
+template <class Number, int R, int NV, class Left, class Ask>
+UNROLLED_INLINE void multiply_add_tile(Sums<R, NV>& sums, Left a, const ElementOf<Number>* panel, int64_t K, Ask ask) {
+    Sums<R, NV> s = sums;
+    constexpr int parts = std::is_same_v<Ask, Nothing> ? 1 : R;
+    const int64_t part = (K / parts + Number::step) / Number::step * Number::step;
+    int64_t k = 0;
+    for (int turn = 0; turn < parts; ++turn) {
+        ask(turn);
+        for (const int64_t end = std::min(K, k + part); k < end; k += Number::step) {
+            vf b[NV];
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) std::memcpy(&b[v], panel + k * NV * L + v * L * Number::step, sizeof(vf));
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) s.of[r][v] = Number::multiply_add(a(k, r), b[v], s.of[r][v]);
+        }
+    }
+    sums = s;
+}
+
+// The same with rows that lie anywhere.
+template <class Number, int R, int NV, class Ask = Nothing>
 UNROLLED_INLINE void multiply(Sums<R, NV>& sums, const ElementOf<Number>* const* rows, int64_t offset,
-                              const ElementOf<Number>* panel, int64_t K) {
+                              const ElementOf<Number>* panel, int64_t K, Ask ask = {}) {
     const ElementOf<Number>* row[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) row[r] = rows[r] + offset;
-    Sums<R, NV> s = sums;
-    for (int64_t k = 0; k < K; k += Number::step) {
-        vf b[NV];
+    multiply_add_tile<Number>(sums, [&](int64_t k, int r) UNROLLED_LAMBDA_INLINE { return row[r] + k; }, panel, K, ask);
+}
+
+// A tile's sums begin with the bias of their columns, or null: with zero.
+template <int R, class Panels>
+UNROLLED_INLINE void start(Sums<R, Panels::NV>& sums, const Panels& panels, int64_t panel, const float* bias) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) std::memcpy(&b[v], panel + k * NV * L + v * L * Number::step, sizeof(vf));
+    for (int v = 0; v < Panels::NV; ++v) {
+        const int valid = panels.valid(panel, v);
+        const vf first = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(panel, v), valid);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) s.of[r][v] = Number::multiply_add(row[r] + k, b[v], s.of[r][v]);
+        for (int r = 0; r < R; ++r) sums.of[r][v] = first;
     }
-    sums = s;
 }
 
 // Where a tile's panel comes from: packed before, or packed piece by piece on the way (few rows, once).
@@ -302,12 +333,12 @@ __attribute__((noinline)) void multiply_turned(Sums<R, NV>& sums, int v, const f
 constexpr int64_t rows_packed_on_the_way = 4;  // at most; with more it pays to pack everything before
 constexpr int64_t piece = 64;                  // elements of k packed at once on the way
 
-template <class Number, int R, class Panels>
+template <class Number, int R, class Panels, class Ask = Nothing>
 UNROLLED_INLINE void multiply_panel(Sums<R, Panels::NV>& sums, const Panels& panels, int64_t panel,
-                                    const Operand<Number>& operand, const ElementOf<Number>* const* rows) {
+                                    const Operand<Number>& operand, const ElementOf<Number>* const* rows, Ask ask = {}) {
     const int64_t K = padded<Number>(operand.K);
     if (R > rows_packed_on_the_way || operand.packed != nullptr) {
-        multiply<Number, R, Panels::NV>(sums, rows, 0, operand.packed + (panel - operand.first) * panel_elements<Number, Panels>(operand.K), K);
+        multiply<Number, R, Panels::NV>(sums, rows, 0, operand.packed + (panel - operand.first) * panel_elements<Number, Panels>(operand.K), K, ask);
         return;
     }
     int64_t k = 0;
@@ -365,13 +396,7 @@ void product(const Panels& panels, Range range, const Operand<Number>& operand, 
             constexpr int R = decltype(count)::value;
             constexpr int NV = Panels::NV;
             Sums<R, NV> sums;
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) {
-                const int valid = panels.valid(p, v);
-                const vf start = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(p, v), valid);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) sums.of[r][v] = start;
-            }
+            start<R>(sums, panels, p, bias);
             multiply_panel<Number, R>(sums, panels, p, operand, rows + first);
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) {
@@ -406,16 +431,29 @@ template <class Number>
 constexpr int64_t summed_at_once = 256 * Number::step;
 constexpr int64_t left_columns = 96;     // m's packed at once
 
+// Rows of steps lie far apart, a few lines of each are wanted, and a processor does not foresee that: they are asked for so
+// many rows before.
+constexpr int64_t rows_before = 8;
+template <class Number>
+constexpr int64_t line = 64 / sizeof(ElementOf<Number>);  // elements that come at once
+
 // Packs columns [m0, m0 + count) of rows [0, K) of the left operand as [K / step][count][step].
 template <class Number>
 void pack_left(const ElementOf<Number>* const* rows, int64_t K, int64_t m0, int64_t count, ElementOf<Number>* to) {
+    const auto ask = [&](int64_t k) UNROLLED_LAMBDA_INLINE {
+        for (int64_t i = 0; i < count; i += line<Number>) __builtin_prefetch(rows[k] + m0 + i, 0, 3);
+    };
     if constexpr (Number::step == 1) {
-        for (int64_t k = 0; k < K; ++k) std::memcpy(to + k * count, rows[k] + m0, static_cast<size_t>(count) * sizeof(*to));
+        for (int64_t k = 0; k < K; ++k) {
+            if (k + rows_before < K) ask(k + rows_before);
+            std::memcpy(to + k * count, rows[k] + m0, static_cast<size_t>(count) * sizeof(*to));
+        }
     } else {
         for (int64_t k = 0; k < K; k += 2) {
             const ElementOf<Number>* first = rows[k] + m0;
             const ElementOf<Number>* second = k + 1 < K ? rows[k + 1] + m0 : nullptr;
             ElementOf<Number>* out = to + k * count;
+            for (int64_t j = k + rows_before; j < std::min(k + rows_before + 2, K); ++j) ask(j);
             int64_t i = 0;
 #if UNROLLED_BF16
             for (; i + L <= count; i += L) {
@@ -434,30 +472,13 @@ void pack_left(const ElementOf<Number>* const* rows, int64_t K, int64_t m0, int6
     }
 }
 
-// The same tile as `multiply`, the left operand packed: element (k, r) at left[k * count + r * step].
-template <class Number, int R, int NV>
-UNROLLED_INLINE void multiply_left(Sums<R, NV>& sums, const ElementOf<Number>* left, int64_t count,
-                                   const ElementOf<Number>* panel, int64_t K) {
-    Sums<R, NV> s = sums;
-    for (int64_t k = 0; k < K; k += Number::step) {
-        vf b[NV];
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) std::memcpy(&b[v], panel + k * NV * L + v * L * Number::step, sizeof(vf));
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v)
-                s.of[r][v] = Number::multiply_add(left + k * count + r * Number::step, b[v], s.of[r][v]);
-    }
-    sums = s;
-}
-
 // into rows m of [m0, m1) += left^T x right. `left` [K] row pointers; `right` packed panels per pass of k:
 // right + pass * right_stride. `into` [.. N], row m of the left operand goes to row m + shift.
 template <class Number>
 void product_over_steps(const ElementOf<Number>* const* left, int64_t K, int64_t m0, int64_t m1,
                         const ElementOf<Number>* right, int64_t right_stride, int64_t N, float* into, int64_t shift,
                         ElementOf<Number>* buffer) {
+    using Element = ElementOf<Number>;
     const Plain panels{N};
     for (int64_t pass = 0; pass * summed_at_once<Number> < K; ++pass) {
         const int64_t k0 = pass * summed_at_once<Number>, count_k = std::min(summed_at_once<Number>, K - k0);
@@ -470,15 +491,15 @@ void product_over_steps(const ElementOf<Number>* const* left, int64_t K, int64_t
                 each_tile<max_rows(Plain::NV)>(count, [&](auto rows, int64_t first) UNROLLED_LAMBDA_INLINE {
                     constexpr int R = decltype(rows)::value;
                     float* const corner = into + (m + first + shift) * N + panels.column(p, 0);
-                    for (int r = 0; r < R; ++r)  // megabytes of sums, which are far away again by now
-                        for (int v = 0; v < Plain::NV; ++v) __builtin_prefetch(corner + r * N + v * L, 1, 3);
                     Sums<R, Plain::NV> sums;
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-                        for (int v = 0; v < Plain::NV; ++v) sums.of[r][v] = splat(0);
-                    multiply_left<Number, R, Plain::NV>(sums, buffer + first * Number::step, count,
-                                                        packed + p * panel_size, padded<Number>(count_k));
+                    start<R>(sums, panels, p, nullptr);
+                    const Element* const columns = buffer + first * Number::step;
+                    multiply_add_tile<Number>(
+                        sums, [&](int64_t k, int r) UNROLLED_LAMBDA_INLINE { return columns + k * count + r * Number::step; },
+                        packed + p * panel_size, padded<Number>(count_k), [&](int r) UNROLLED_LAMBDA_INLINE {
+                            // Megabytes of sums, which are far away again by now.
+                            for (int v = 0; v < Plain::NV; ++v) __builtin_prefetch(corner + r * N + v * L, 1, 3);
+                        });
 #pragma GCC unroll 8
                     for (int v = 0; v < Plain::NV; ++v) {
                         const int valid = panels.valid(p, v);
@@ -494,16 +515,23 @@ void product_over_steps(const ElementOf<Number>* const* left, int64_t K, int64_t
     }
 }
 
-// Packs the right operand of `product_over_steps`: share `index` of `count` of its panels.
+// Packs the right operand of `product_over_steps`, of which row k is `row(k)`: share `index` of `count` of its panels.
 template <class Number, class Row>
 void pack_right(int64_t N, int64_t K, Row row, ElementOf<Number>* to, int64_t stride, int index, int count) {
     const Plain panels{N};
     const Range range = share(panels.panels(), index, count);
+    const int64_t first = panels.column(range.first, 0), last = std::min(panels.column(range.last, 0), N);
+    Vector<const float*> rows(static_cast<size_t>(K));
+    for (int64_t k = 0; k < K; ++k) rows[k] = row(k);
     for (int64_t pass = 0; pass * summed_at_once<Number> < K; ++pass) {
         const int64_t k0 = pass * summed_at_once<Number>, count_k = std::min(summed_at_once<Number>, K - k0);
-        for (int64_t p = range.first; p < range.last; ++p)
-            pack_columns<Number>(panels, p, count_k, [&](int64_t k) { return row(k0 + k); },
-                                 to + pass * stride + p * panel_elements<Number, Plain>(count_k));
+        for (int64_t k = k0; k < k0 + count_k; k += Number::step) {
+            for (int64_t j = k + rows_before; j < std::min(k + rows_before + Number::step, K); ++j)
+                for (int64_t m = first; m < last; m += line<Float32>) __builtin_prefetch(rows[j] + m, 0, 3);
+            for (int64_t p = range.first; p < range.last; ++p)
+                pack_columns<Number>(panels, p, std::min<int64_t>(Number::step, k0 + count_k - k), [&](int64_t i) { return rows[k + i]; },
+                                     to + pass * stride + p * panel_elements<Number, Plain>(count_k) + (k - k0) * Plain::NV * L);
+        }
     }
 }
 

@@ -144,6 +144,8 @@ void pack_weights(bool backward, int64_t I, int64_t H, const Weights& w, std::by
 
 // --- forward
 
+UNROLLED_INLINE vf load_or_zero(const float* p, int64_t u, int n) { return p == nullptr ? splat(0) : load(p + u, n); }
+
 // What a tile's last act reads and writes: the rows of one step. Entry i of each array is of the i-th active row.
 template <class Number>
 class StepRows {
@@ -172,19 +174,27 @@ public:
     ElementOf<Number>** const operand_after = list<ElementOf<Number>*>(7);
 };
 
+// sums: of both products and b_ih; a gru's candidate has what the input contributes to it in `input` instead, since only
+// the other part is reset. bias: b_hh, or null.
 template <class Number, Cell C, int R, int NV>
-UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const typename PanelsOf<C>::type& panels, int64_t panel,
-                                 int64_t H, StepRows<Number>& rows, int64_t first) {
+UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const vf (&input)[R], const float* bias,
+                                 const typename PanelsOf<C>::type& panels, int64_t panel, int64_t H,
+                                 StepRows<Number>& rows, int64_t first) {
+    vf b[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+        const int valid = panels.valid(panel, v);
+        b[v] = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(panel, v), valid);
+    }
     for (int r = 0; r < R; ++r) {
         const int64_t i = first + r;
-        const float* x = rows.projected[i];
         float* tape = rows.tape[i];
         if constexpr (C == Cell::rnn || C == Cell::rnn_relu) {
             for (int v = 0; v < NV; ++v) {
                 const int n = panels.valid(panel, v);
                 if (n == 0) break;
                 const int64_t u = panels.column(panel, v);
-                vf a = sums.of[r][v] + load(x + u, n);
+                vf a = sums.of[r][v] + b[v];
                 vf h = C == Cell::rnn ? tanh(a) : at_least(a, 0.0f);
                 store(rows.h[i] + u, h, n);
                 if (rows.operand_after[i]) Number::store_lanes(rows.operand_after[i] + u, h, n);
@@ -194,10 +204,10 @@ UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const typename PanelsO
             const int64_t u = panel * L;
             vf h;
             if constexpr (C == Cell::lstm) {
-                const vf in = sigmoid(sums.of[r][0] + load(x + u, n));
-                const vf forget = sigmoid(sums.of[r][1] + load(x + H + u, n));
-                const vf candidate = tanh(sums.of[r][2] + load(x + 2 * H + u, n));
-                const vf out = sigmoid(sums.of[r][3] + load(x + 3 * H + u, n));
+                const vf in = sigmoid(sums.of[r][0] + b[0]);
+                const vf forget = sigmoid(sums.of[r][1] + b[1]);
+                const vf candidate = tanh(sums.of[r][2] + b[2]);
+                const vf out = sigmoid(sums.of[r][3] + b[3]);
                 const vf c = forget * load(rows.c_before[i] + u, n) + in * candidate;
                 h = out * tanh(c);
                 store(rows.c[i] + u, c, n);
@@ -208,15 +218,16 @@ UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const typename PanelsO
                     store(tape + 3 * H + u, out, n);
                 }
             } else {
-                const vf reset = sigmoid(sums.of[r][0] + load(x + u, n));
-                const vf update = sigmoid(sums.of[r][1] + load(x + H + u, n));
-                const vf candidate = tanh(load(x + 2 * H + u, n) + reset * sums.of[r][2]);
+                const vf reset = sigmoid(sums.of[r][0] + b[0]);
+                const vf update = sigmoid(sums.of[r][1] + b[1]);
+                const vf recurrent = sums.of[r][2] + b[2];
+                const vf candidate = tanh(input[r] + reset * recurrent);
                 h = candidate + update * (load(rows.h_before[i] + u, n) - candidate);
                 if (tape) {
                     store(tape + u, reset, n);
                     store(tape + H + u, update, n);
                     store(tape + 2 * H + u, candidate, n);
-                    store(tape + 3 * H + u, sums.of[r][2], n);
+                    store(tape + 3 * H + u, recurrent, n);
                 }
             }
             store(rows.h[i] + u, h, n);
@@ -225,12 +236,37 @@ UNROLLED_INLINE void finish_tile(const Sums<R, NV>& sums, const typename PanelsO
     }
 }
 
+// Asks for what `finish_tile` writes of row i, which has not been near since the call before.
+template <class Number, Cell C>
+UNROLLED_INLINE void prefetch_row(const typename PanelsOf<C>::type& panels, int64_t panel, int64_t H,
+                                  const StepRows<Number>& rows, int64_t i) {
+    if constexpr (C == Cell::rnn || C == Cell::rnn_relu) {
+        for (int v = 0; v < Plain::NV && panels.valid(panel, v) > 0; ++v)
+            __builtin_prefetch(rows.h[i] + panels.column(panel, v), 1, 2);
+    } else {
+        const int64_t u = panels.column(panel, 0);
+        __builtin_prefetch(rows.h[i] + u, 1, 2);
+        if (C == Cell::lstm) __builtin_prefetch(rows.c[i] + u, 1, 2);
+        if (rows.tape[i] != nullptr)
+            for (int64_t gate = 0; gate < 4; ++gate) __builtin_prefetch(rows.tape[i] + gate * H + u, 1, 2);
+    }
+}
+
+// A step's inputs that are multiplied on the way, row by row as the step's; `rows` null: that was done before, and
+// `StepRows::projected` is what came of it. The sums go on where they would have been kept, so that no bit differs.
+template <class Number>
+struct StepInputs {
+    Operand<Number> operand;
+    const float* bias;
+    const ElementOf<Number>* const* rows;
+};
+
 // One step of the first n rows, for the panels of `range`. Every other step goes through them backwards: the panels that
 // were used last are still near. With one row, pieces of the product `beside` are done too, if it is not null; the weights
 // are packed then.
 template <class Number, Cell C>
-void step_panels(const Operand<Number>& recurrent, const float* bias, int64_t H, Range range, bool backwards,
-                 StepRows<Number>& rows, int64_t n,
+void step_panels(const StepInputs<Number>& inputs, const Operand<Number>& recurrent, const float* bias, int64_t H,
+                 Range range, bool backwards, StepRows<Number>& rows, int64_t n,
                  ProductBeside<Number, typename PanelsOf<C>::type>* beside = nullptr) {
     using Panels = typename PanelsOf<C>::type;
     constexpr int NV = Panels::NV;
@@ -240,25 +276,43 @@ void step_panels(const Operand<Number>& recurrent, const float* bias, int64_t H,
         each_tile<max_rows(NV)>(n, [&](auto tile_rows, int64_t first) UNROLLED_LAMBDA_INLINE {
             constexpr int R = decltype(tile_rows)::value;
             Sums<R, NV> sums;
+            if (inputs.rows != nullptr) {
+                start<R>(sums, panels, p, inputs.bias);
+                multiply_panel<Number, R>(sums, panels, p, inputs.operand, inputs.rows + first, [&](int r) UNROLLED_LAMBDA_INLINE {
+                    prefetch_row<Number, C>(panels, p, H, rows, first + r);
+                });
+            } else {
+                // What the next sums begin with lies in the second cache at best.
+                const int64_t next = std::clamp(backwards ? p - 1 : p + 1, range.first, range.last - 1);
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) {
-                const int valid = panels.valid(p, v);
-                const vf start = bias == nullptr || valid == 0 ? splat(0) : load(bias + panels.column(p, v), valid);
+                for (int v = 0; v < NV; ++v) {
+                    const int valid = panels.valid(p, v);
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) sums.of[r][v] = start;
+                    for (int r = 0; r < R; ++r) {
+                        const float* const from = rows.projected[first + r];
+                        sums.of[r][v] = valid == 0 ? splat(0) : load(from + panels.column(p, v), valid);
+                        __builtin_prefetch(from + panels.column(next, v), 0, 3);
+                    }
+                }
             }
+            vf apart[R];
+            if constexpr (C == Cell::gru)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) apart[r] = std::exchange(sums.of[r][2], splat(0));
             if (R == 1 && beside != nullptr) {
                 if constexpr (R == 1)
-                    beside->multiply(sums, rows.operand[first], recurrent.packed + p * panel_elements<Number, Panels>(H), H);
+                    beside->multiply(sums, rows.operand[first], recurrent.packed + p * panel_elements<Number, Panels>(H),
+                                     padded<Number>(H));
             } else {
                 multiply_panel<Number, R>(sums, panels, p, recurrent, rows.operand + first);
             }
-            finish_tile<Number, C, R, NV>(sums, panels, p, H, rows, first);
+            finish_tile<Number, C, R, NV>(sums, apart, bias, panels, p, H, rows, first);
         });
     }
 }
 
-constexpr int64_t rows_at_hand = 128;  // rows of inputs that are multiplied at once
+constexpr int64_t rows_at_hand = 128;   // rows of inputs that are multiplied at once, before the steps that they belong to
+constexpr int64_t rows_on_the_way = 6;  // so many rows of a step make that needless: they share each panel of W_ih
 
 int64_t steps_at_hand(int64_t T, int64_t rows) {
     return std::clamp<int64_t>(rows_at_hand / std::max<int64_t>(rows, 1), 1, std::max<int64_t>(T, 1));
@@ -268,7 +322,7 @@ int64_t steps_at_hand(int64_t T, int64_t rows) {
 // steps to be done beside it: all of W_ih is packed for that, and the inputs of the first steps have nothing beside them.
 template <class Number>
 bool pays_beside(const Extent& e) {
-    return e.T >= 3 * rows_beside && e.I > 0 && e.I % beside_piece<Number> == 0 && e.H % beside_piece<Number> == 0;
+    return e.T >= 3 * rows_beside && e.I > 0 && beside_piece<Number>(e.I, e.H) > 0;
 }
 
 // What the threads of one call have in common, per direction.
@@ -402,16 +456,20 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                                     reinterpret_cast<Element*>(shared.input) + here, true);
         else product<Number>(panels, range, input, w.bias_ih, x, to, count);
     };
-    ProductBeside<Number, Panels> later(panels, range, input, w.bias_ih);
+    ProductBeside<Number, Panels> later(panels, range, input, w.bias_ih, beside_piece<Number>(I, H));
+    StepInputs<Number> inputs{input, w.bias_ih, nullptr};
 
     StepRows<Number> step(static_cast<size_t>(n));
     if (rounds<Number> && plan.by_units) barrier.wait(index, count);  // for the operands
     for (int64_t s0 = 0, listed = 0; s0 < T; s0 += ahead) {
         const int64_t s1 = std::min(s0 + ahead, T);
+        const bool on_the_way = !lookup && !beside && !passing && !unpacked &&
+                                (T == 1 || plan.active(rows, reverse ? T - s1 : s1 - 1) >= rows_on_the_way);
         if (!lookup && (!beside || s0 == 0)) {
             listed = list_inputs(s0);
-            multiply_inputs(0, listed);
+            if (!on_the_way) multiply_inputs(0, listed);
         }
+        inputs.rows = on_the_way ? x_rows.data() : nullptr;
         if (unpacked) {
             for (int64_t p = range.first; p < range.last; ++p)
                 pack_rows<Number>(panels, p, w.hh, H, 0, H,
@@ -421,7 +479,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
         if (beside) {
             const int64_t now = listed;
             listed = list_inputs(s1);
-            const int64_t fit = std::min(listed, now * H / I);  // beside these steps; the others are multiplied before
+            const int64_t fit = std::min(listed, later.fit(now, H));  // beside these steps; the others are multiplied before
             multiply_inputs(fit, listed - fit);
             later.begin(x_rows.data(), x_to.data(), fit);
         }
@@ -456,7 +514,8 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
                     }
                 }
             }
-            step_panels<Number, C>(recurrent, w.bias_hh, H, range, (s & 1) == 0, step, m, beside ? &later : nullptr);
+            step_panels<Number, C>(inputs, recurrent, w.bias_hh, H, range, (s & 1) == 0, step, m, beside ? &later : nullptr);
+            if (on_the_way) inputs.rows += m;
             if (plan.by_units && s + 1 < T)
                 barrier.wait(index, count, [&] {
                     if (!later.left()) return false;
@@ -542,10 +601,11 @@ struct BackRows {
     Vector<float*> d_c_out, carry_out;                  // [H] lstm; gru
     Vector<ElementOf<Number>*> d;                       // [columns of D] out
     Vector<float*> d_exact;                             // [columns of D] out: D before it is rounded; null: not wanted
+    Vector<float*> d_sums;                              // [columns of D] in/out: this row's over steps; null: not wanted
 
     BackRows(size_t n, const ElementOf<Number>* nothing_)
         : nothing(nothing_), operand(n), carry_in(n), d_output(n), d_c_output(n), h(n), h_before(n), c(n), c_before(n),
-          tape(n), d_c_in(n), d_c_out(n), carry_out(n), d(n), d_exact(n) {}
+          tape(n), d_c_in(n), d_c_out(n), carry_out(n), d(n), d_exact(n), d_sums(n) {}
 };
 
 // The gradients of a step's sums: rnn [H], lstm [4H] i f g o, gru [4H] n r z and the recurrent candidate's.
@@ -554,31 +614,25 @@ constexpr int d_gates() {
     return C == Cell::lstm || C == Cell::gru ? 4 : 1;
 }
 
-UNROLLED_INLINE vf load_or_zero(const float* p, int64_t u, int n) { return p == nullptr ? splat(0) : load(p + u, n); }
-
-// Asks for what `finish_back_tile` reads, before the product that it waits for: it comes from a tape that went through memory
-// long ago, a few lines here and a few there, which a processor cannot foresee.
-template <class Number, Cell C, int R>
-UNROLLED_INLINE void prefetch_back_tile(const Plain& panels, int64_t panel, int64_t H, const BackRows<Number>& rows,
-                                        int64_t first) {
-    for (int r = 0; r < R; ++r) {
-        const int64_t i = first + r;
-        for (int v = 0; v < Plain::NV && panels.valid(panel, v) > 0; ++v) {
-            const int64_t u = panels.column(panel, v);
-            const auto ask = [u](const float* from, int64_t offset = 0) UNROLLED_LAMBDA_INLINE {
-                if (from != nullptr) __builtin_prefetch(from + offset + u, 0, 2);
-            };
-            ask(rows.d_output[i]);
-            if constexpr (C == Cell::rnn || C == Cell::rnn_relu) {
-                ask(rows.h[i]);
+// Asks for what `finish_back_tile` reads of row i: it comes from a tape that went through memory long ago, a few lines here
+// and a few there, which a processor cannot foresee.
+template <class Number, Cell C>
+UNROLLED_INLINE void prefetch_back_row(const Plain& panels, int64_t panel, int64_t H, const BackRows<Number>& rows, int64_t i) {
+    for (int v = 0; v < Plain::NV && panels.valid(panel, v) > 0; ++v) {
+        const int64_t u = panels.column(panel, v);
+        const auto ask = [u](const float* from, int64_t offset = 0) UNROLLED_LAMBDA_INLINE {
+            if (from != nullptr) __builtin_prefetch(from + offset + u, 0, 2);
+        };
+        ask(rows.d_output[i]);
+        if constexpr (C == Cell::rnn || C == Cell::rnn_relu) {
+            ask(rows.h[i]);
+        } else {
+            for (int64_t gate = 0; gate < 4; ++gate) ask(rows.tape[i], gate * H);
+            if constexpr (C == Cell::lstm) {
+                ask(rows.c[i]);
+                ask(rows.c_before[i]);
             } else {
-                for (int64_t gate = 0; gate < 4; ++gate) ask(rows.tape[i], gate * H);
-                if constexpr (C == Cell::lstm) {
-                    ask(rows.c[i]);
-                    ask(rows.c_before[i]);
-                } else {
-                    ask(rows.h_before[i]);
-                }
+                ask(rows.h_before[i]);
             }
         }
     }
@@ -600,6 +654,8 @@ UNROLLED_INLINE void finish_back_tile(const Sums<R, Plain::NV>& sums, const Plai
                 Number::store_lanes(rows.d[i] + column, x, n);
                 if constexpr (rounds<Number>)
                     if (rows.d_exact[i] != nullptr) store(rows.d_exact[i] + column, x, n);
+                if (float* sums_here = rows.d_sums[i]; sums_here != nullptr)
+                    store(sums_here + column, load(sums_here + column, n) + x, n);
             };
             const vf dh = (alone ? splat(0) : sums.of[r][v]) + load_or_zero(rows.carry_in[i], u, n) +
                           load_or_zero(rows.d_output[i], u, n);
@@ -645,6 +701,7 @@ struct BackwardLayout {
     size_t second_d, right_h, right_x;               // D of every other piece: the first one's where there is no other
     int64_t h_pass, x_pass;                          // elements of one pass of a right operand
     size_t first_d, carry, d_cell, zero, zero_bytes;
+    size_t sums;                                     // D summed over the steps of a piece, row by row
     size_t exact, total;                             // D of a piece before it was rounded, if that is wanted
 };
 
@@ -670,15 +727,17 @@ BackwardLayout backward_layout(const Extent& e, bool lookup, bool exact) {
     l.d_cell = l.carry + round(C == Cell::gru ? static_cast<size_t>(e.B * e.H) * 4 : 0);
     l.zero = l.d_cell + round(C == Cell::lstm ? static_cast<size_t>(e.B * e.H) * 4 : 0);
     l.zero_bytes = round(static_cast<size_t>(std::max(l.d_row, std::max(e.I, e.H) + 16)) * 4);
-    l.exact = l.zero + l.zero_bytes;
+    l.sums = l.zero + l.zero_bytes;
+    l.exact = l.sums + round(static_cast<size_t>(std::max<int64_t>(e.B, 1) * l.d_row) * 4);
     l.total = l.exact + (exact ? round(static_cast<size_t>(K * l.d_row) * 4) : 0);
     return l;
 }
 
-// Whether sums of D that are no products are wanted: those of the biases and of the rows of a table.
+// Whether D is wanted as it was before it was rounded to be an operand: for the rows of a table, which are sums and no
+// products.
 template <class Number>
-bool sums_exactly(const Backward& b, int d) {
-    return rounds<Number> && (b.d_bias_ih[d] != nullptr || b.d_bias_hh[d] != nullptr || b.d_table[d] != nullptr);
+bool wants_exact(const Backward& b, int d) {
+    return rounds<Number> && b.d_table[d] != nullptr;
 }
 
 // Steps are gone through in pieces of `extent.block`. In each: D of the piece, by rows or by units; then, all threads
@@ -711,7 +770,7 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
     input.packed = lookup ? nullptr : reinterpret_cast<const Element*>(b.packed[d]);
     recurrent.packed = reinterpret_cast<const Element*>(b.packed[d] + (lookup ? 0 : packed_bytes<Number>(input_panels, KD)));
 
-    const bool exact = sums_exactly<Number>(b, d);
+    const bool exact = wants_exact<Number>(b, d);
     const BackwardLayout layout = backward_layout<Number, C>(b.extent, lookup, exact);
     const int64_t D_row = layout.d_row;
     Element* const D[2] = {reinterpret_cast<Element*>(shared), reinterpret_cast<Element*>(shared + layout.second_d)};
@@ -721,6 +780,8 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
     float* const carry = reinterpret_cast<float*>(shared + layout.carry);
     float* const d_cell = reinterpret_cast<float*>(shared + layout.d_cell);
     const Element* const zero = reinterpret_cast<const Element*>(shared + layout.zero);
+    const bool biased = b.d_bias_ih[d] != nullptr || b.d_bias_hh[d] != nullptr;
+    float* const D_sums = reinterpret_cast<float*>(shared + layout.sums);  // [B][D_row], zero before every piece
     float* const D_exact = exact ? reinterpret_cast<float*>(shared + layout.exact) : nullptr;
 
     // Where row `row` of step t stands in its piece: the piece's steps in the order of time, rows by number.
@@ -798,6 +859,7 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
                 step.h[i] = outputs + at * stride;
                 step.h_before[i] = h_before_of(t, row);
                 step.d[i] = d_of(t, row);
+                step.d_sums[i] = biased ? D_sums + row * D_row : nullptr;
                 step.d_exact[i] = exact ? D_exact + slot_of(t, row) * D_row : nullptr;
                 if constexpr (C == Cell::gru) step.carry_out[i] = carry + row * H;
                 if constexpr (C == Cell::lstm || C == Cell::gru) step.tape[i] = b.tape[d] + at * tape_gates(C) * H;
@@ -818,13 +880,12 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
                 const int64_t p = (s & 1) ? hidden_range.first + hidden_range.last - 1 - q : q;
                 each_tile<max_rows(Plain::NV)>(m, [&](auto tile_rows, int64_t first) UNROLLED_LAMBDA_INLINE {
                     constexpr int R = decltype(tile_rows)::value;
-                    prefetch_back_tile<Number, C, R>(hidden_panels, p, H, step, first);
                     Sums<R, Plain::NV> sums;
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-                        for (int v = 0; v < Plain::NV; ++v) sums.of[r][v] = splat(0);
-                    multiply_panel<Number, R>(sums, hidden_panels, p, recurrent, step.operand.data() + first);
+                    start<R>(sums, hidden_panels, p, nullptr);
+                    multiply_panel<Number, R>(sums, hidden_panels, p, recurrent, step.operand.data() + first,
+                                              [&](int r) UNROLLED_LAMBDA_INLINE {
+                                                  prefetch_back_row<Number, C>(hidden_panels, p, H, step, first + r);
+                                              });
                     finish_back_tile<Number, C, R>(sums, hidden_panels, p, H, step, first);
                 });
             }
@@ -861,20 +922,20 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
             to = std::min(to, columns.last);
             if (from < to) product_over_steps<Number>(left.data(), K, from, to, right, pass, N, into, shift, buffer.as<Element>());
         };
-        // What is no operand of a product is summed as it was before it was rounded to be one.
-        const auto summand = [&](int64_t k, int64_t m, int lanes) UNROLLED_LAMBDA_INLINE {
-            if constexpr (rounds<Number>) return load(D_exact + k * D_row + m, lanes);
-            else return load(left[k] + m, lanes);
-        };
-        const auto sum_bias = [&](int64_t from, int64_t to, int64_t shift, float* into) {
+        // Gradients of the biases: D summed over the steps, which was done row by row on the way, and over the rows, here.
+        // Not from D itself: it is far away by now, and rounded.
+        if (biased)
+            for (int64_t row = 1; row < B; ++row)
+                for (int64_t m = columns.first; m < columns.last; m += L) {
+                    const int lanes = static_cast<int>(std::min<int64_t>(L, columns.last - m));
+                    float* const part = D_sums + row * D_row + m;
+                    store(D_sums + m, load(D_sums + m, lanes) + load(part, lanes), lanes);
+                    store(part, splat(0), lanes);
+                }
+        const auto add_bias = [&](int64_t from, int64_t to, int64_t shift, float* into) {
             from = std::max(from, columns.first);
             to = std::min(to, columns.last);
-            for (int64_t m = from; m < to; m += L) {
-                const int lanes = static_cast<int>(std::min<int64_t>(L, to - m));
-                vf sum = splat(0);
-                for (int64_t k = 0; k < K; ++k) sum += summand(k, m, lanes);
-                store(into + m + shift, load(into + m + shift, lanes) + sum, lanes);
-            }
+            for (int64_t m = from; m < to; ++m) into[m + shift] += D_sums[m];
         };
         const auto sum_table = [&](int64_t from, int64_t to, int64_t shift) {
             from = std::max(from, columns.first);
@@ -883,21 +944,25 @@ void backward_direction(const Backward& b, int d, const Plan& plan, int index, i
                 float* into = b.d_table[d] + b.inputs.ids[places[k].t * B + places[k].row] * G * H + shift;
                 for (int64_t m = from; m < to; m += L) {
                     const int lanes = static_cast<int>(std::min<int64_t>(L, to - m));
-                    store(into + m, load(into + m, lanes) + summand(k, m, lanes), lanes);
+                    vf summand;
+                    if constexpr (rounds<Number>) summand = load(D_exact + k * D_row + m, lanes);
+                    else summand = load(left[k] + m, lanes);
+                    store(into + m, load(into + m, lanes) + summand, lanes);
                 }
             }
         };
         constexpr bool gru = C == Cell::gru;
         // Of D's columns: W_ih's rows [0, G*H) or, for the gru, n then r z; W_hh's are those from hh_offset on.
         if (b.d_hh[d]) sum_weight(hh_offset, hh_offset + KD, -hh_offset, right_h, layout.h_pass, H, b.d_hh[d]);
-        if (b.d_bias_hh[d]) sum_bias(hh_offset, hh_offset + KD, -hh_offset, b.d_bias_hh[d]);
+        if (b.d_bias_hh[d]) add_bias(hh_offset, hh_offset + KD, -hh_offset, b.d_bias_hh[d]);
         for (int part = 0; part < (gru ? 2 : 1); ++part) {
             const int64_t from = part * H, to = gru ? (part == 0 ? H : 3 * H) : KD;
             const int64_t shift = gru ? (part == 0 ? 2 * H : -H) : 0;
             if (b.d_ih[d] && !lookup) sum_weight(from, to, shift, right_x, layout.x_pass, I, b.d_ih[d]);
-            if (b.d_bias_ih[d] && !lookup) sum_bias(from, to, shift, b.d_bias_ih[d]);
+            if (b.d_bias_ih[d] && !lookup) add_bias(from, to, shift, b.d_bias_ih[d]);
             if (b.d_table[d] && lookup) sum_table(from, to, shift);
         }
+        if (biased) std::fill(D_sums + columns.first, D_sums + columns.last, 0.0f);
         barrier.wait(count);
     }
 
@@ -936,7 +1001,7 @@ void backward_layer(const Backward& given, int threads) {
     const Plan plan = make_plan(e, C, 3 * b.directions, threads);
     Scratch packs[2], shared[2];
     for (int d = 0; d < b.directions; ++d) {
-        const BackwardLayout layout = backward_layout<Number, C>(e, lookup, sums_exactly<Number>(b, d));
+        const BackwardLayout layout = backward_layout<Number, C>(e, lookup, wants_exact<Number>(b, d));
         const int64_t I = lookup ? 0 : e.I;
         if (b.packed[d] == nullptr) {
             packs[d] = Scratch(packed_size_of<Number, C>(true, I, e.H));
@@ -944,7 +1009,7 @@ void backward_layer(const Backward& given, int threads) {
             b.packed[d] = packs[d].data();
         }
         shared[d] = Scratch(layout.total);
-        std::memset(shared[d].data() + layout.zero, 0, layout.zero_bytes);
+        std::memset(shared[d].data() + layout.zero, 0, layout.exact - layout.zero);  // and the sums
         // The spare elements at the end of D's rows.
         const int64_t columns = d_gates<C>() * e.H;
         for (int64_t k = 0; k < std::min(e.block, e.T) * e.B; ++k)

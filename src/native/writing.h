@@ -84,7 +84,7 @@ void write_text(const Writing& w, int threads) {
     const Panels panels{H};
     const Plain symbols{V};
     // h of every layer before and after the step, as floats and as operands.
-    Vector<float> h(static_cast<size_t>(2 * w.layers * H)), projected(static_cast<size_t>(G * H)), scores_(static_cast<size_t>(V));
+    Vector<float> h(static_cast<size_t>(2 * w.layers * H)), scores_(static_cast<size_t>(V));
     Vector<Element> operands(static_cast<size_t>(2 * w.layers * K));
     for (int layer = 0; layer < w.layers; ++layer)
         for (int parity = 0; parity < 2; ++parity) {
@@ -112,22 +112,18 @@ void write_text(const Writing& w, int threads) {
             const int64_t now = i & 1, before = now ^ 1;
             for (int layer = 0; layer < w.layers; ++layer) {
                 const std::byte* packed = w.packed[layer];
-                if (layer > 0) {
-                    // Each thread's own gates of its own units: nothing to wait for between the two products.
-                    const Element* x = operand_of(now, layer - 1);
-                    float* to = projected.data();
-                    product<Number>(panels, range, Operand<Number>{reinterpret_cast<const Element*>(packed), nullptr, 0, H},
-                                    w.weights[layer].bias_ih, &x, &to, 1);
-                    packed += packed_input_size<Number, C>(H, H);
-                }
+                const Operand<Number> input{reinterpret_cast<const Element*>(packed), nullptr, 0, H};
+                const Element* const x = layer > 0 ? operand_of(now, layer - 1) : nullptr;
+                if (layer > 0) packed += packed_input_size<Number, C>(H, H);
+                else step.projected[0] = w.table + last * G * H;
                 step.operand[0] = operand_of(before, layer);
-                step.projected[0] = layer == 0 ? w.table + last * G * H : projected.data();
                 step.h_before[0] = h_of(before, layer);
                 step.h[0] = h_of(now, layer);
                 step.c[0] = C == Cell::lstm ? w.c + layer * H : nullptr;
                 step.c_before[0] = step.c[0];
                 step.operand_after[0] = copies ? const_cast<Element*>(operand_of(now, layer)) : nullptr;
-                step_panels<Number, C>(Operand<Number>{reinterpret_cast<const Element*>(packed), nullptr, 0, H},
+                step_panels<Number, C>({input, w.weights[layer].bias_ih, layer > 0 ? &x : nullptr},
+                                       Operand<Number>{reinterpret_cast<const Element*>(packed), nullptr, 0, H},
                                        w.weights[layer].bias_hh, H, range, now != 0, step, 1);
                 barrier.wait(count);
             }

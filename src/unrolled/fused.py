@@ -85,7 +85,8 @@ def layer(
         ys, hs, c, cs = _budgeted(
             name, cells[0], inputs, given, directions[0], lengths, outputs, all_states, tape_budget
         )
-    finals = [HiddenState(hs[d]) if c is None else LSTMState(hs[d], c[d]) for d in range(len(cells))]
+    fields = [native.unstack(part) for part in (hs, c) if part is not None]
+    finals = [HiddenState(*state) if c is None else LSTMState(*state) for state in zip(*fields, strict=True)]
     if not all_states:
         return (ys if outputs else None), finals, None
     assert ys is not None
@@ -161,9 +162,9 @@ def costs(
     columns = (4 if gated else 1) * hidden
 
     # The kernels' scratch memory, of forward and of backward, which is kept from call to call: weights laid out for one
-    # of them, in whole panels of vectors; of a block D, the gradients of its sums (where operands are rounded also as
-    # it was before), and what D is multiplied with; D of first steps and what is carried from step to step; states
-    # passed on.
+    # of them, in whole panels of vectors; of a block D, the gradients of its sums (for a table that is looked up also as
+    # it was before it was rounded), what it is multiplied with, and each row's sum of it; D of first steps and what is
+    # carried from step to step; states passed on.
     def panels(n: int, whole: int = 64) -> int:
         return -(-n // whole) * whole
 
@@ -173,7 +174,7 @@ def costs(
     for n in (rows, steps % size * batch):  # a shorter last block leaves scratch memory of its own size
         ahead = min(n, max(batch, 128))
         fixed += operand * ((n + batch) * (columns + 16) + n * (panels(width) + panels(hidden)))
-        fixed += 4 * cast * n * (columns + 16)
+        fixed += 4 * (batch + cast * looked_up * n) * (columns + 16)
         fixed += operand * cast * ahead * (width + 2 * hidden + 64)
     fixed += 4 * (4 * batch * hidden + 4 * state)
     # Of each thread: a piece of D turned, and a few blocks that are smaller than the page that each of them takes.
@@ -181,7 +182,7 @@ def costs(
     if isinstance(inputs, Lookup):
         symbols = cell.input_size if inputs.table is None else inputs.table.shape[0]
         fixed += 4 * (3 * gates * hidden * symbols if looked_up else 2 * steps * batch * width)
-    fixed += 4 * 8 * batch + 48 * rows  # lengths of a block, places of its rows and pointers to them
+    fixed += 4 * 8 * batch + 64 * rows  # lengths of a block, places of its rows and pointers to them
     # And what none of these is: up to a page for each of some twenty small tensors.
     return Costs(-(-steps // size), state * 4, tape * 4, fixed + 96 * 1024)
 

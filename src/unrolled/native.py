@@ -65,7 +65,9 @@ __all__ = [
     "scratch_held",
     "set_block_steps",
     "set_reference",
+    "stack",
     "threads",
+    "unstack",
     "unsuited",
     "why_absent",
 ]
@@ -233,9 +235,7 @@ def layer(
     bf16 = _bf16()
     looked_up = inputs.dtype == torch.int64
     one, two = directions[0], directions[1] if len(directions) == 2 else None
-    states = [
-        torch.stack([getattr(d, k) for d in directions]) if getattr(one, k) is not None else None for k in ("h0", "c0")
-    ]
+    states = [stack([getattr(d, k) for d in directions]) if getattr(one, k) is not None else None for k in ("h0", "c0")]
     with torch.autocast("cpu", enabled=False):
         outputs, h, c, _, cs = (_layer_recorded if plain() else _layer_op)(
             None if looked_up else inputs.float(),
@@ -261,6 +261,16 @@ def layer(
         )
     lstm = name == "lstm"
     return Layer(outputs, h, c if lstm else None, cs if lstm and all_states else None)
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`. A single part is not copied: to a small layer's call its states' copies are a percent each."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(tuple(parts))
+
+
+def unstack(whole: Tensor) -> tuple[Tensor, ...]:
+    """The parts that `stack` put together; of a single one even the gradient is no copy."""
+    return (whole.squeeze(0),) if whole.shape[0] == 1 else tuple(whole[k] for k in range(whole.shape[0]))
 
 
 def _recorded(run: Any, save: Any, gradient: Any) -> Any:

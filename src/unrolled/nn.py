@@ -451,7 +451,7 @@ class _DropIn(torch.nn.RNNBase):
             for name, field in zip(("h_0", "c_0"), fields, strict=False):
                 expect_shape(name, field, "layers*directions B H", **{"layers*directions": len(flat)}, B=batch,
                              H=self.hidden_size)  # fmt: skip
-            states = [flat[0].equation.state(*(field[k] for field in fields)) for k in range(len(flat))]
+            states = [flat[0].equation.state(*parts) for parts in zip(*map(native.unstack, fields), strict=True)]
         out, final, _ = _run_stack(
             layers,
             x,
@@ -464,7 +464,7 @@ class _DropIn(torch.nn.RNNBase):
             training=self.training,
             backend=self.backend,
         )
-        stacked = tuple(torch.stack(field) for field in zip(*final, strict=True))
+        stacked = tuple(native.stack(field) for field in zip(*final, strict=True))
         return out, stacked if self.mode == "LSTM" else stacked[0]
 
 

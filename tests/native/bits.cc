@@ -206,7 +206,7 @@ void check_bits() {
         {3, 37, 128, 208, big_block, both | resets},            // alone: shared by units and packed on the way
         {6, 12, 65, 70, big_block, ragged | lookup | reversed},
         {50, 12, 64, 128, big_block, ragged | resets | both},   // alone: inputs multiplied beside the recurrence
-        {66, 12, 192, 64, big_block, ragged | reversed | strided},
+        {66, 12, 192, 134, big_block, ragged | reversed | strided},
     };
     std::vector<Size> sequences = {
         {11, 7, 17, 33, 4, ragged | resets},

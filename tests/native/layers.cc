@@ -16,7 +16,7 @@ constexpr Size quick_sizes[] = {
     {5, 7, 3, 17, big_block, ragged | lookup | both | resets},
     {3, 8, 31, 33, 2, both | resets | reversed},
     {12, 29, 1, 3, 11, resets | strided},
-    {49, 1, 64, 64, 20, ragged | reversed},
+    {49, 1, 64, 131, 20, ragged | reversed},
 };
 
 // The thread sanitizer is slow as well: sizes large enough for several threads, by rows and by units.
@@ -28,7 +28,7 @@ constexpr Size threaded_sizes[] = {
     {5, 11, 33, 70, 3, ragged | lookup},
     {3, 1, 128, 250, 2, both | resets},
     {12, 29, 7, 19, 11, resets | strided},
-    {67, 1, 64, 64, big_block, resets | both},
+    {67, 1, 64, 130, big_block, resets | both},
 };
 
 constexpr Size sizes[] = {
@@ -73,10 +73,11 @@ constexpr Size sizes[] = {
     {70, 9, 3, 5, big_block, ragged | some_null},
     {200, 2, 4, 6, 32, ragged | resets | reversed},
     {300, 1, 4, 6, 64, reversed | lookup},
-    // one row and many steps: the products with the inputs beside the recurrence, of as many inputs, fewer, and more
+    // one row and many steps: the products with the inputs beside the recurrence, of as many inputs, fewer, and more, of
+    // numbers of units that no piece divides
     {50, 1, 64, 64, 32, resets | both},
     {67, 1, 64, 128, big_block, reversed | no_bias | strided},
-    {49, 1, 192, 64, 20, ragged | reversed},
+    {49, 1, 192, 131, 20, ragged | reversed},
 };
 
 constexpr double half_ulp = 0x1p-24;  // of 1 in float32: what one rounding may change, relative to its result
