@@ -263,6 +263,11 @@ def pack_linear_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> 
     return Call("pack_linear", native._native.pack_linear, arguments)
 
 
+def large_pages_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
+    memory = place(torch.randn(draw.choice([0, 1, 40]), draw.choice([1, 9]), draw.choice([1, 300, 5000])))
+    return Call("prefer_large_pages", native._native.prefer_large_pages, {"memory": memory})
+
+
 def cross_entropy_call(draw: chance.Random, place: Callable[[Tensor], Tensor]) -> Call:
     arguments = output_arguments(draw, place)
     x, weight, bias = (arguments[key] for key in ("x", "weight", "bias"))

@@ -372,6 +372,11 @@ NB_MODULE(_native, m) {
     m.def("use_instruction_set", [](const std::string& name) { use_instruction_set(name.c_str()); }, arg("name"));
     m.def("share_openmp", [](const std::string& path) { return share_openmp(path.c_str()); }, arg("path"));
     m.def("describe_threads", &describe_threads);
+    m.def("prefer_large_pages", [](nb::handle memory_) {
+        const TensorView memory(memory_, "memory");
+        memory.expect(Kind::float32, {-1, -1, -1}).expect_contiguous();
+        prefer_large_pages_for({&memory});
+    }, arg("memory"));
     m.def("scratch_held", &scratch_held);
     m.def("release_scratch", &release_scratch);
     m.def("peak", [](bool bf16, int threads, double seconds) {

@@ -326,8 +326,8 @@ class Blocks(Protocol):
     An object is made for the pass forward, and another for the pass backward (see `Maker`). A *state* is a tuple of
     tensors, the same for all blocks, with what must be known to compute from there and is not in `saved`; a *tape*
     is a tuple of tensors, with what `backward` needs and is not in `saved`. Both own their memory, or share that of a
-    state or tape that was passed in or is returned with them: they keep nothing else alive, and once returned they are
-    never written to. `advance` and `record` compute the same bits, in both passes and however often.
+    state or tape that was passed in or is returned with them: they keep nothing else alive, and as long as they are
+    needed they are not written to. `advance` and `record` compute the same bits, in both passes and however often.
     """
 
     count: int
@@ -352,8 +352,8 @@ class Blocks(Protocol):
         """The gradient of the state before the block, from that of the state after it, both as `final` has them (None:
         there is none).
 
-        Adds the block's share to the arguments' gradients in place; called for the last block first. Leaves the tape
-        as it is.
+        Adds the block's share to the arguments' gradients in place; called for the last block first. Leaves a tape of
+        the pass forward as it is, for that may go backward again; one that this pass recorded is not needed afterwards.
         """
 
     def gradients(self, d_state: Tensors) -> Tensors:

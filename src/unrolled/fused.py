@@ -162,9 +162,9 @@ def costs(
     columns = (4 if gated else 1) * hidden
 
     # The kernels' scratch memory, of forward and of backward, which is kept from call to call: weights laid out for one
-    # of them, in whole panels of vectors; of a block D, the gradients of its sums (for a table that is looked up also as
-    # it was before it was rounded), what it is multiplied with, and each row's sum of it; D of first steps and what is
-    # carried from step to step; states passed on.
+    # of them, in whole panels of vectors; of a block D, the gradients of its sums (for a table that is looked up, also
+    # as it was before it was rounded), what it is multiplied with, and each row's sum of it; D of first steps and what
+    # is carried from step to step; states passed on.
     def panels(n: int, whole: int = 64) -> int:
         return -(-n // whole) * whole
 
@@ -285,13 +285,15 @@ class _Blocks:
         self.hidden, self.count = hh.shape[1], -(-self.steps // make.size)
         self.lstm = make.name == "lstm"
         self._pack: tuple[bool, Any] | None = None
+        self._recorded: set[int] = set()  # where the kernels' tapes stand that this pass recorded and needs
+        self._spare: Tensor | None = None  # one that nobody needs any more
         self.start: Tensors = (h0.float(),) if c0 is None else (h0.float(), c0.float())
         shape = (self.steps, self.batch, self.hidden)
         self.writes = saved is None
         if saved is None:
             saved = (
-                hh.new_empty(shape) if make.whole_h else None,
-                hh.new_empty(shape) if make.whole_c else None,
+                native.new_whole(*shape) if make.whole_h else None,
+                native.new_whole(*shape) if make.whole_c else None,
             )
         self.saved = self.returned = saved
         self.h, self.c = saved
@@ -299,7 +301,7 @@ class _Blocks:
             return
         self.d_h, self.d_c = d_returned
         wanted = [t if n else None for t, n in zip(arguments, needs, strict=True)]
-        self.d_x = hh.new_empty(given.shape) if wanted[0] is not None else None
+        self.d_x = native.new_whole(*given.shape) if wanted[0] is not None else None
         self.into = Gradients(
             *(None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in wanted[4:8])
         )
@@ -332,9 +334,13 @@ class _Blocks:
         """(what `record` keeps, the state after).
 
         What is not kept is written all the same: there is always place for one more tape, and where the gates stand the
-        kernels need no other memory for what they are made of.
+        kernels need no other memory for what they are made of. The place is that of the tape needed last: what is
+        given back to the system and taken anew costs a sixth of a block's time in page faults.
         """
         own = self.h if self.writes else None
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.shape[1] != span.stop - span.start:
+            spare = None  # before another one is made
         run, tape = native.forward_into(
             self.make.name,
             self.inputs[span],
@@ -345,7 +351,12 @@ class _Blocks:
             cs=self.make.whole_c,
             packs=self._packed(backward=False),
             outputs=None if own is None else own[span],
+            tape=spare,
         )
+        if tape is not None and keep:
+            self._recorded.add(tape.data_ptr())
+        elif tape is not None:
+            self._spare = tape
         if self.c is not None and self.writes and run.cs is not None:
             self.c[span] = run.cs[0]
         after: Tensors = (run.h[0],) if run.c is None else (run.h[0], run.c[0])
@@ -399,6 +410,9 @@ class _Blocks:
             block=self.make.size,
             packs=self._packed(backward=True),
         )
+        if gates is not None and gates.data_ptr() in self._recorded:
+            self._recorded.remove(gates.data_ptr())
+            self._spare = gates
         return (d_h0[0], None if d_c0 is None else d_c0[0])
 
     def gradients(self, d_state: Tensors) -> Tensors:

@@ -57,6 +57,7 @@ __all__ = [
     "instruction_sets",
     "layer",
     "linear",
+    "new_whole",
     "pack",
     "peak",
     "plain",
@@ -294,6 +295,15 @@ def _new(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
+def new_whole(steps: int, batch: int, size: int) -> Tensor:
+    """Memory `[T B size]` for what several calls of the kernels write piece by piece, on large pages where the system
+    has them; for what one call writes as a whole, that call sees to it."""
+    memory = _new(steps, batch, size)
+    if _native is not None:
+        _native.prefer_large_pages(memory)
+    return memory
+
+
 def _ready(x: Tensor) -> Tensor:
     """A tensor as the kernels read it: float32, not kept negated, last dimension without gaps."""
     x = x.resolve_neg()
@@ -345,10 +355,12 @@ def forward_into(
     cs: bool = False,
     packs: Sequence[Any] = (),
     outputs: Tensor | None = None,
+    tape: Tensor | None = None,
 ) -> tuple[Layer, Tensor | None]:
     """The kernels' forward, without autograd: the layer, and its tape `[D T B tape_gates*H]` if `record`.
 
-    outputs: memory `[T B D*H]` to write to; new memory if None. cs: whether to return every c (a tape has them).
+    outputs, tape: memory for outputs `[T B D*H]` and tape to write to; new memory if None. cs: whether to return every
+    c (a tape has them).
     """
     looked_up = inputs.dtype == torch.int64
     steps, batch = inputs.shape[:2]
@@ -360,7 +372,8 @@ def forward_into(
     h = empty(count, batch, hidden)
     c = empty(count, batch, hidden) if lstm else None
     gates = _TAPE_GATES[name]
-    tape = empty(count, steps, batch, gates * hidden) if record and gates else None
+    if tape is None and record and gates:
+        tape = empty(count, steps, batch, gates * hidden)
     every = empty(count, steps, batch, hidden) if lstm and (record or cs) else None
     _native.forward(
         CELLS[name],
