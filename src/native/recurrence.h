@@ -464,7 +464,7 @@ void forward_direction(const Forward& f, int d, const Plan& plan, int index, int
     for (int64_t s0 = 0, listed = 0; s0 < T; s0 += ahead) {
         const int64_t s1 = std::min(s0 + ahead, T);
         const bool on_the_way = !lookup && !beside && !passing && !unpacked &&
-                                (T == 1 || plan.active(rows, reverse ? T - s1 : s1 - 1) >= rows_on_the_way);
+                                (T == 1 || plan.active(rows, reverse ? T - 1 - s0 : s1 - 1) >= rows_on_the_way);
         if (!lookup && (!beside || s0 == 0)) {
             listed = list_inputs(s0);
             if (!on_the_way) multiply_inputs(0, listed);
