@@ -352,8 +352,9 @@ class Blocks(Protocol):
         """The gradient of the state before the block, from that of the state after it, both as `final` has them (None:
         there is none).
 
-        Adds the block's share to the arguments' gradients in place; called for the last block first. Leaves a tape of
-        the pass forward as it is, for that may go backward again; one that this pass recorded is not needed afterwards.
+        Adds the block's share to the arguments' gradients in place; called for the last block first. Leaves the tape as
+        it is; `advance` and `record` may write over it later. (Tapes that go backward once more are those of a pass
+        that computes nothing again.)
         """
 
     def gradients(self, d_state: Tensors) -> Tensors:

@@ -285,8 +285,7 @@ class _Blocks:
         self.hidden, self.count = hh.shape[1], -(-self.steps // make.size)
         self.lstm = make.name == "lstm"
         self._pack: tuple[bool, Any] | None = None
-        self._recorded: set[int] = set()  # where the kernels' tapes stand that this pass recorded and needs
-        self._spare: Tensor | None = None  # one that nobody needs any more
+        self._spare: Tensor | None = None  # the kernels' tape of a block that this pass does not need any more
         self.start: Tensors = (h0.float(),) if c0 is None else (h0.float(), c0.float())
         shape = (self.steps, self.batch, self.hidden)
         self.writes = saved is None
@@ -353,9 +352,7 @@ class _Blocks:
             outputs=None if own is None else own[span],
             tape=spare,
         )
-        if tape is not None and keep:
-            self._recorded.add(tape.data_ptr())
-        elif tape is not None:
+        if not keep:
             self._spare = tape
         if self.c is not None and self.writes and run.cs is not None:
             self.c[span] = run.cs[0]
@@ -410,9 +407,7 @@ class _Blocks:
             block=self.make.size,
             packs=self._packed(backward=True),
         )
-        if gates is not None and gates.data_ptr() in self._recorded:
-            self._recorded.remove(gates.data_ptr())
-            self._spare = gates
+        self._spare = gates
         return (d_h0[0], None if d_c0 is None else d_c0[0])
 
     def gradients(self, d_state: Tensors) -> Tensors:
